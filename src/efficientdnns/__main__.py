@@ -1,0 +1,3 @@
+from efficientdnns.cli import main
+
+main()

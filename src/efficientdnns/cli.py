@@ -1,0 +1,239 @@
+"""The `efficientdnns` command: one subcommand a verb, each a few lines over the API."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import efficientdnns as ed
+from efficientdnns import method as registry
+from efficientdnns.errors import ConfigurationError, EfficientDNNsError
+from efficientdnns.recipe import Recipe, parse_method_text
+from efficientdnns.reproduce import recorded, reproduce_all
+from efficientdnns.run import make_model, make_task, run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Published methods that make neural networks smaller and faster, behind one interface.",
+)
+console = Console()
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="built-in name, torchvision:NAME, timm:NAME, path/to/file.py:factory, or a saved result")
+]
+WeightsOption = Annotated[str | None, typer.Option(help="safetensors file or weights-only checkpoint")]
+TaskOption = Annotated[str, typer.Option("--task", help="data set name, folder, parquet file, or file.py:factory")]
+OutOption = Annotated[Path, typer.Option("--out", help="folder for the result")]
+SeedOption = Annotated[int | None, typer.Option(help="seed of the run")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress")]
+JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted in the same folder")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--training", help="training setting NAME=VALUE, e.g. learning_rate=0.01 (repeatable)")
+]
+
+
+@app.command("methods")
+def methods_command(
+    kind: Annotated[str | None, typer.Option(help="only methods of this kind")] = None, json: JsonOption = False
+) -> None:
+    """List the published methods."""
+    cards = [registry.card(m) for m in registry.methods(kind)]
+    if json:
+        print_json(cards)
+        return
+    table = Table("id", "kind", "title", "venue", "needs")
+    for card in cards:
+        table.add_row(card["id"], card["kind"], card["title"], f"{card['venue']} {card['year']}", ", ".join(card["needs"]))
+    console.print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(metavar="METHOD")], json: JsonOption = False) -> None:
+    """Show the paper card of a method: what it does, formula, fields, recorded results."""
+    found = registry.get(name)
+    if found.paper is None:
+        raise ConfigurationError(f"'{name}' is a built-in step without a paper; see efficientdnns methods")
+    card = registry.card(found)
+    results = recorded(name)
+    if json:
+        print_json({**card, "recorded": results})
+        return
+    console.print(f"[bold]{card['title']}[/bold]\n{card['authors']}, {card['venue']} {card['year']}\n{card['url']}\n", highlight=False)
+    console.print(card["doc"], markup=False, highlight=False)
+    table = Table("field", "type", "range", "default", "meaning", title="Fields", title_justify="left")
+    for field in card["fields"]:
+        table.add_row(field["name"], field["type"], field["range"], str(field["default"]), field["description"])
+    console.print(table)
+    if results:
+        lines = Table("run", "seed", "paper", "ours", title="Recorded results", title_justify="left")
+        for result in results:
+            lines.add_row(result["run"], str(result["seed"]), result["paper_text"], result["ours_text"])
+        console.print(lines)
+
+
+@app.command()
+def fit(
+    model: ModelOption,
+    task: TaskOption,
+    out: OutOption,
+    epochs: Annotated[int, typer.Option(min=0)] = 10,
+    weights: WeightsOption = None,
+    training: SetOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    resume: ResumeOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a network."""
+    method = ed.Fit(epochs=epochs)
+    execute(_recipe(model, task, weights, [method], None, training), out, resume, seed, device, threads, quiet, json)
+
+
+@app.command("compress")
+def compress_command(
+    model: ModelOption,
+    task: TaskOption,
+    method: Annotated[list[str], typer.Option("--method", help="ID[:field=value,...]; A+B share one training run (repeatable)")],
+    out: OutOption,
+    budget: Annotated[str | None, typer.Option(help="limits such as macs=0.5,bytes=100kB")] = None,
+    weights: WeightsOption = None,
+    training: SetOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    resume: ResumeOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Compress a trained network with one method or a chain."""
+    methods = [parse_method_text(text) for text in method]
+    execute(_recipe(model, task, weights, methods, budget, training), out, resume, seed, device, threads, quiet, json)
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
+    out: OutOption,
+    resume: ResumeOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a recipe."""
+    execute(Recipe.load(recipe), out, resume, seed, device, threads, quiet, json)
+
+
+@app.command("measure")
+def measure_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    task: TaskOption,
+    weights: WeightsOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure a network: metric, parameters, MACs, bytes, latency, memory."""
+    the_task = make_task({"name": task})
+    description: dict[str, Any] = {"name": model, **({"weights": weights} if weights else {})}
+    profile = ed.measure(make_model(description, the_task), the_task, threads=threads)
+    if json:
+        print_json(profile.model_dump())
+        return
+    table = Table("", "value")
+    metric = profile.metric
+    table.add_row(f"{metric.name} ({metric.split}, n = {metric.n:,})", f"{metric.value:.2f}")
+    for name in ("params", "nonzero_params", "macs", "bytes", "peak_memory"):
+        value = getattr(profile, name)
+        table.add_row(name.replace("_", " "), "-" if value is None else f"{value:,}")
+    if profile.latency_ms:
+        x = profile.latency_ms
+        table.add_row(f"latency (ms, {x.runtime}, batch {x.batch})", f"{x.median:.3f} (p10 {x.p10:.3f}, p90 {x.p90:.3f})")
+    console.print(table)
+
+
+@app.command("reproduce")
+def reproduce_command(
+    name: Annotated[str, typer.Argument(metavar="ID")],
+    smoke: Annotated[bool, typer.Option("--smoke", help="a tiny version that only shows that it runs")] = False,
+    only: Annotated[str | None, typer.Option("--run", help="only the run of this name")] = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for the results")] = Path("runs/reproduce"),
+    record: Annotated[bool, typer.Option("--record", help="write the outcome beside the reproduction")] = False,
+    resume: ResumeOption = False,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Run the reproduction of a paper and print its figures beside ours."""
+    results = reproduce_all(
+        name, out=out, smoke=smoke, only=only, record=record, resume=resume, device=device, threads=threads, quiet=quiet
+    )
+    if json:
+        print_json(results)
+        return
+    table = Table("run", "seed", "paper", "ours", "seconds", title=f"{name}{' (smoke)' if smoke else ''}", title_justify="left")
+    for result in results:
+        table.add_row(result["run"], str(result["seed"]), result["paper_text"], result["ours_text"], f"{result['seconds']:.0f}")
+    console.print(table)
+
+
+def _recipe(
+    model: str, task: str, weights: str | None, methods: list[Any], budget: str | None, training: list[str] | None
+) -> Recipe:
+    settings: dict[str, Any] = {}
+    for item in training or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigurationError(f"training setting '{item}' is not NAME=VALUE; write e.g. learning_rate=0.01")
+        settings[key] = value
+    return Recipe(
+        model={"name": model, **({"weights": weights} if weights else {})},
+        task={"name": task},
+        methods=methods,
+        training=ed.TrainingSettings(**settings),
+        budget=ed.Budget.parse(budget or ""),
+    )
+
+
+def execute(
+    recipe: Recipe, out: Path, resume: bool, seed: int | None, device: str | None, threads: int | None, quiet: bool, json: bool
+) -> None:
+    """Run a recipe and print its table or its report."""
+    result = run(recipe, out, resume=resume, seed=seed, device=device, threads=threads, quiet=quiet or json)
+    if json:
+        print_json(result.report.model_dump())
+    else:
+        console.print(result.table())
+        console.print(f"written to {out}", highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON."""
+    sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    """Entry point: a user's error is one line and exit code 2."""
+    try:
+        app()
+    except EfficientDNNsError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last epoch", file=sys.stderr)
+        raise SystemExit(130) from None

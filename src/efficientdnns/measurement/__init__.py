@@ -1,0 +1,27 @@
+"""What a network costs: multiply-accumulates, weights, bytes, memory and measured latency."""
+
+from efficientdnns.measurement.environment import environment
+from efficientdnns.measurement.latency import Latency, Runner, Speedup, measure_latency, speedup
+from efficientdnns.measurement.macs import MacCount, count_macs
+from efficientdnns.measurement.memory import peak_memory
+from efficientdnns.measurement.profile import Metric, Profile, ProfileRatio, profile, profile_many
+from efficientdnns.measurement.size import nonzero_parameters, parameter_count
+
+__all__ = [
+    "Latency",
+    "MacCount",
+    "Metric",
+    "Profile",
+    "ProfileRatio",
+    "Runner",
+    "Speedup",
+    "count_macs",
+    "environment",
+    "measure_latency",
+    "nonzero_parameters",
+    "parameter_count",
+    "peak_memory",
+    "profile",
+    "profile_many",
+    "speedup",
+]

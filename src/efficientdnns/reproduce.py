@@ -1,0 +1,103 @@
+"""Reproductions: a recipe per published figure, run and recorded with the figure beside ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from efficientdnns.errors import ConfigurationError, suggest
+from efficientdnns.recipe import Recipe
+from efficientdnns.run import run
+
+
+def folder() -> Path:
+    """Where the reproductions lie: beside the package when installed, else in the source tree."""
+    installed = Path(__file__).parent / "_reproductions"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "reproductions"
+
+
+def names() -> list[str]:
+    """The ids that have a reproduction."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    """The recorded outcomes of reproduction ``name``; empty where nothing was recorded."""
+    path = folder() / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.is_file() else []
+
+
+def reproduce_all(
+    name: str,
+    *,
+    out: Path,
+    smoke: bool = False,
+    only: str | None = None,
+    record: bool = False,
+    resume: bool = False,
+    device: str | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Run every run of ``reproductions/NAME.yaml`` for each of its seeds and return the outcomes.
+
+    The file holds ``runs``, each with a ``name``, the ``paper``'s figures (any keys; ``text`` in words), a ``recipe``,
+    ``seeds``, a ``note`` on what differs from the paper, and under ``smoke`` the recipe keys that a smoke run replaces.
+    """
+    path = folder() / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigurationError(f"there is no reproduction of '{name}'{suggest(name, names())}")
+    definition = yaml.safe_load(path.read_text())
+    runs = [r for r in definition["runs"] if only in (None, r["name"])]
+    if not runs:
+        raise ConfigurationError(f"{name} has no run '{only}'{suggest(only or '', [r['name'] for r in definition['runs']])}")
+    results = []
+    for item in runs:
+        content = {**item["recipe"], **(item.get("smoke", {}) if smoke else {})}
+        recipe = Recipe.parse(yaml.safe_dump(content, sort_keys=False), f"{path.name} run {item['name']}")
+        for seed in [0] if smoke else item.get("seeds", [0]):
+            started = time.perf_counter()
+            target = out / name / ("smoke" if smoke else "full") / f"{item['name']}-{seed}"
+            result = run(recipe, target, resume=resume, seed=seed, device=device, threads=threads, quiet=quiet, latency=not smoke)
+            report = result.report
+            outcome = {
+                "run": item["name"],
+                "seed": seed,
+                "paper": item.get("paper", {}),
+                "paper_text": item.get("paper", {}).get("text", ""),
+                "before": report.before.model_dump(),
+                "after": report.after.model_dump(),
+                "methods": [m.model_dump() for m in report.methods],
+                "seconds": time.perf_counter() - started,
+                "environment": report.environment,
+                "note": item.get("note", ""),
+            }
+            outcome["ours_text"] = _in_words(outcome)
+            results.append(outcome)
+            if record and not smoke:
+                _record(name, outcome)
+    return results
+
+
+def _in_words(outcome: dict[str, Any]) -> str:
+    before, after = outcome["before"], outcome["after"]
+    metric = f"{after['metric']['name']} {before['metric']['value']:.2f} → {after['metric']['value']:.2f}"
+    parts = [metric]
+    for key, label in (("nonzero_params", "parameters"), ("macs", "MACs"), ("bytes", "bytes")):
+        if before.get(key) and after.get(key):
+            parts.append(f"{label} {before[key] / after[key]:.2f}x")
+    return ", ".join(parts)
+
+
+def _record(name: str, outcome: dict[str, Any]) -> None:
+    path = folder() / f"{name}.json"
+    kept = [r for r in recorded(name) if (r["run"], r["seed"]) != (outcome["run"], outcome["seed"])]
+    results = sorted([*kept, outcome], key=lambda r: (r["run"], r["seed"]))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"results": results}, indent=1) + "\n")
+    os.replace(partial, path)

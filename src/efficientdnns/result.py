@@ -1,0 +1,237 @@
+"""The result of a run: numbers, network and files, and how to load it again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from efficientdnns.budget import Asked
+from efficientdnns.coding import load_weights, save_weights
+from efficientdnns.errors import FileFormatError, ModelError
+from efficientdnns.measurement.latency import Speedup
+from efficientdnns.measurement.profile import Profile
+from efficientdnns.surgery.structure import apply_difference, difference
+
+SCHEMA_VERSION = 1
+
+
+class MethodRecord(BaseModel):
+    """One method as it was run."""
+
+    id: str
+    fields: dict[str, Any]
+    seconds: float
+    findings: dict[str, Any] = {}
+
+
+class Report(BaseModel):
+    """The schema of ``report.json`` (version 1)."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    task: str
+    splits: dict[str, int]
+    before: Profile
+    after: Profile
+    budget: list[dict[str, Any]] = []
+    methods: list[MethodRecord]
+    seed: int
+    environment: dict[str, Any]
+    history: list[dict[str, Any]]
+    speedup: dict[str, Any] | None = None
+    reload_exact: bool | None = None
+
+
+class Result:
+    """What `compress` returns.
+
+    ``model`` is the compressed network, ``before`` and ``after`` are profiles (metric on the evaluation split, parameters,
+    MACs, bytes of the written file, latency, peak memory), ``history`` has one entry per training epoch, ``report`` is
+    all of it as data. ``print(result)`` shows the table.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        report: Report,
+        *,
+        example_input: Any,
+        forward: Callable[[nn.Module, Any], Any],
+        codecs: dict[str, Any] | None = None,
+        original: nn.Module | None = None,
+        budget: list[Asked] | None = None,
+        speedup: Speedup | None = None,
+    ) -> None:
+        self.original = original
+        self.model, self.report, self.codecs = model, report, codecs or {}
+        self.example_input, self.forward = example_input, forward
+        self.budget, self.speedup = budget or [], speedup
+
+    @property
+    def before(self) -> Profile:
+        """The network before the first method."""
+        return self.report.before
+
+    @property
+    def after(self) -> Profile:
+        """The network that is handed over."""
+        return self.report.after
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry per training epoch."""
+        return self.report.history
+
+    def table(self) -> Table:
+        """Before, after and ratio of everything measured."""
+        before, after = self.before, self.after
+        table = Table(title=" → ".join(m.id for m in self.report.methods) or "nothing done", title_justify="left")
+        for heading in ("", "before", "after", "ratio"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        metric = before.metric
+        change = after.metric.value - metric.value
+        table.add_row(
+            f"{metric.name} ({metric.split}, n = {metric.n:,})", f"{metric.value:.2f}", f"{after.metric.value:.2f}", f"{change:+.2f}"
+        )
+        rows: list[tuple[str, float | None, float | None]] = [
+            ("parameters", before.params, after.params),
+            ("non-zero parameters", before.nonzero_params, after.nonzero_params),
+            ("MACs", before.macs, after.macs),
+            ("bytes of the file", before.bytes, after.bytes),
+            ("peak memory (bytes)", before.peak_memory, after.peak_memory),
+        ]
+        for name, old, new in rows:
+            if old is not None and new is not None:
+                table.add_row(name, f"{old:,}", f"{new:,}", f"{old / new:.2f}x" if new else "-")
+        if before.latency_ms and after.latency_ms:
+            a, b = before.latency_ms, after.latency_ms
+            verdict = str(self.speedup) if self.speedup else "-"
+            table.add_row(f"latency (ms, {a.runtime}, batch {a.batch})", f"{a.median:.3f}", f"{b.median:.3f}", verdict)
+        for line in self.budget:
+            verdict = "met" if line.met else "NOT MET"
+            table.add_row(f"budget: {line.name}", f"asked {line.asked:,.4g}", f"got {line.got:,.4g}", verdict)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=110, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+        console.print(self.table())
+        return console.export_text().rstrip()
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``model.safetensors``, ``structure.json`` and ``report.json``, each atomically; then load them again.
+
+        Raises:
+            ModelError: a module that cannot be described; or the reloaded network does not give exactly the same outputs.
+        """
+        directory = Path(directory)
+        structure = describe_structure(self.model, self.original)
+        directory.mkdir(parents=True, exist_ok=True)
+        size = save_weights(directory / "model.safetensors", state_of(self.model), self.codecs)
+        _write(directory / "structure.json", json.dumps(structure, indent=1))
+        if size != self.after.bytes:
+            self.report.after = self.after.model_copy(update={"bytes": size})
+        self.report.reload_exact = self._reloads_exactly(load(directory, None if structure["factory"] else self.original))
+        if not self.report.reload_exact:
+            raise ModelError(f"the network saved in {directory} does not give the same outputs again; nothing was reported")
+        _write(directory / "report.json", self.report.model_dump_json(indent=1))
+        return directory
+
+    @torch.inference_mode()
+    def _reloads_exactly(self, again: nn.Module) -> bool:
+        if self.example_input is None:
+            return True
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        again = again.to(device).eval()
+        return _same(self.forward(self.model.eval(), self.example_input), self.forward(again, self.example_input))
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Rebuild the network of a saved result, with exactly the outputs it had; ready for use or further training.
+
+    ``model`` is a fresh instance of the original architecture (its weights do not matter). It is needed only when the
+    result was made from a network that this library cannot build itself.
+
+    Raises:
+        FileFormatError: the folder holds no result. ModelError: the architecture is unknown or does not fit.
+    """
+    from efficientdnns.models import build
+
+    directory = Path(directory)
+    path = directory / "structure.json"
+    if not path.is_file():
+        raise FileFormatError(f"{directory} holds no saved result (no structure.json in it); give the folder written by save")
+    try:
+        structure = json.loads(path.read_text())
+        version, factory, modules = structure["schema_version"], structure["factory"], structure["modules"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise FileFormatError(f"{path} is not a structure file of this library") from None
+    if version > SCHEMA_VERSION:
+        raise FileFormatError(f"{path} has schema version {version}, this library reads up to {SCHEMA_VERSION}; update it")
+    if "" in modules:
+        reference: nn.Module = nn.Identity()
+    elif model is not None:
+        reference = copy.deepcopy(model)
+    elif factory is not None:
+        reference = build(factory["spec"], **factory["options"])
+    else:
+        raise ModelError(f"{directory} was made from a model built by the caller; write load('{directory}', model=YourModel(...))")
+    network = apply_difference(reference, structure)
+    state = load_weights(directory / "model.safetensors")
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ModelError(
+            f"{directory} does not fit this architecture: missing {missing[:3] or 'nothing'}, "
+            f"unexpected {unexpected[:3] or 'nothing'}; give the model it was made from"
+        )
+    if factory is not None:
+        network.factory = factory  # type: ignore[assignment]
+    return network.eval()
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that make the network, on the CPU."""
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+def describe_structure(model: nn.Module, original: nn.Module | None = None) -> dict[str, Any]:
+    """How to rebuild the architecture: the factory, and what differs from what it builds.
+
+    A network that the library cannot build itself is described against ``original``, which `load` then asks for.
+    """
+    from efficientdnns.models import build
+
+    factory: dict[str, Any] | None = getattr(model, "factory", None)
+    reference = build(factory["spec"], **factory["options"]) if factory is not None else original
+    delta = difference(model, reference if reference is not None else nn.Identity())
+    return {"schema_version": SCHEMA_VERSION, "factory": factory, **delta}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, dict):
+        return all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    return bool(a == b)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
