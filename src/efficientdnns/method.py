@@ -38,6 +38,8 @@ KINDS = (
     "interpretation",
     "applications",
 )
+_REGISTRY: dict[str, "type[Method]"] = {}
+
 Need = Literal["labels", "training data", "calibration data", "teacher"]
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -76,6 +78,8 @@ class Method(BaseModel):
     needs: ClassVar[frozenset[Need]] = frozenset()
     budgets: ClassVar[frozenset[str]] = frozenset()
     """Budget limits that the method can solve for: of ``macs``, ``params``, ``bytes``, ``latency``."""
+    contract_fields: ClassVar[dict[str, Any]] = {}
+    """Small values with which the contract tests run the method on digits in seconds."""
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -123,7 +127,7 @@ class TrainingMethod(Method):
     learning_rate: PositiveFloat | None = None
     """Peak learning rate."""
     batch_size: PositiveInt | None = None
-    """Samples per step and process."""
+    """Samples per step, over all processes."""
     optimizer: Literal["sgd", "nesterov", "adam", "adamw", "rmsprop"] | None = None
     """Optimizer of the run."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -187,9 +191,6 @@ def train_together(session: Session, methods: Iterable[TrainingMethod]) -> None:
         settings = {**method.settings(), **settings}
     callbacks = [method.callback(session) for method in methods]
     session.train(callbacks, epochs=max(method.total_epochs for method in methods), **settings)
-
-
-_REGISTRY: dict[str, type[Method]] = {}
 
 
 def registered() -> dict[str, type[Method]]:

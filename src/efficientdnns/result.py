@@ -169,7 +169,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         FileFormatError: the folder holds no result. ModelError: the architecture is unknown or does not fit.
     """
-    from efficientdnns.models import build
+    from efficientdnns.models import rebuild
 
     directory = Path(directory)
     path = directory / "structure.json"
@@ -187,7 +187,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     elif model is not None:
         reference = copy.deepcopy(model)
     elif factory is not None:
-        reference = build(factory["spec"], **factory["options"])
+        reference = rebuild(factory)
     else:
         raise ModelError(f"{directory} was made from a model built by the caller; write load('{directory}', model=YourModel(...))")
     network = apply_difference(reference, structure)
@@ -213,10 +213,10 @@ def describe_structure(model: nn.Module, original: nn.Module | None = None) -> d
 
     A network that the library cannot build itself is described against ``original``, which `load` then asks for.
     """
-    from efficientdnns.models import build
+    from efficientdnns.models import rebuild
 
     factory: dict[str, Any] | None = getattr(model, "factory", None)
-    reference = build(factory["spec"], **factory["options"]) if factory is not None else original
+    reference = rebuild(factory) if factory is not None else original
     delta = difference(model, reference if reference is not None else nn.Identity())
     return {"schema_version": SCHEMA_VERSION, "factory": factory, **delta}
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,9 @@ def cache_folder() -> Path:
 
 
 def cached_arrays(
-    name: str, sources: Iterable[Path], make: Callable[[], tuple[np.ndarray, np.ndarray]]
+    name: str, sources: list[Path], make: Callable[[list[Path]], tuple[np.ndarray, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``make()``, kept as two ``.npy`` files until a source file changes (its path, size or time).
+    """``make(sources)``, kept as two ``.npy`` files until a source file changes (its path, size or time).
 
     Files appear under their names only once complete. Where the cache cannot be written, a warning says so and the
     arrays are made anew every time.
@@ -33,7 +33,7 @@ def cached_arrays(
         return inputs, targets
     except (OSError, ValueError, EOFError):
         pass
-    arrays = make()
+    arrays = make(sources)
     try:
         for path, array in zip(paths, arrays):
             _write(path, array)

@@ -96,10 +96,11 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 def folder_source(
     folder: Path | str, *, evaluation_share: float = 0.2, seed: int = 0, num_workers: int = 0, **options: Any
 ) -> Source:
-    """Images in one directory a class: ``train/CLASS/*.png`` and ``test/`` or ``val/`` beside it, or only ``CLASS/*.png``.
+    """Images in one directory a class: ``train/CLASS/*.png`` with ``test/`` or ``val/`` beside it, or ``CLASS/*.png``.
 
-    One tree without a test part is divided by class with ``seed``: ``evaluation_share`` of each class is for evaluation.
-    ``options``: ``size``, ``channels``, ``mean``, ``std`` and ``augment`` as `image_splits` has them.
+    One tree without a test part is divided by class with ``seed``: ``evaluation_share`` of each class is held out for
+    evaluation. With both ``test/`` and ``val/``, the latter is the calibration split.
+    ``options``: ``size``, ``channels``, ``mean``, ``std`` and ``augment`` as `image_source` has them.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -161,7 +162,7 @@ def parquet_source(
 
 def image_source(
     name: str,
-    found: dict[str, tuple[Sequence[Path | bytes], Sequence[int]]] | dict[str, Any],
+    found: dict[str, Any],
     classes: Sequence[str],
     *,
     evaluation_share: float,
@@ -188,21 +189,24 @@ def image_source(
             for part, rows in (("train", kept), ("evaluation", held_out))
         }
     shape = (size, size) if isinstance(size, int) else size
-    splits: dict[str, Split] = {}
+    files: dict[str, ImageFiles] = {}
     for part, (images, labels) in found.items():
         if not images:
             raise DataError(f"the {part} part of {name} has no images")
-        files = ImageFiles(images, labels, classes, size=shape, channels=channels)
-        channels, expected = files.channels, shape or files.size
-        if files.size != expected:
-            raise DataError(f"the {part} images are {files.size}, the others {expected} pixels; give size=, e.g. size=224")
-        shape = shape if files._resize else None
-        prepare = normalise(mean or _default(IMAGENET_MEAN, channels), std or _default(IMAGENET_STD, channels))
+        files[part] = ImageFiles(images, labels, classes, size=shape, channels=channels)
+        channels = files[part].channels
+    if len(sizes := {file.size for file in files.values()}) > 1:
+        listed = " and ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise DataError(f"images have different sizes ({listed} pixels); give size=, e.g. size=224")
+    colour = channels == 3
+    prepare = normalise(mean or (IMAGENET_MEAN if colour else (0.5,)), std or (IMAGENET_STD if colour else (0.5,)))
+    splits: dict[str, Split] = {}
+    for part, data in files.items():
         change = augment if part == "train" else None
-        if len(files) * channels * expected[0] * expected[1] <= IN_MEMORY_BYTES:
-            splits[part] = TensorSplit(*files.arrays(), name=part, prepare=prepare, augment=change)
+        if len(data) * data.channels * data.size[0] * data.size[1] <= IN_MEMORY_BYTES:
+            splits[part] = TensorSplit(*data.arrays(), name=part, prepare=prepare, augment=change)
         else:
-            splits[part] = DatasetSplit(files, name=part, num_workers=num_workers, prepare=prepare, augment=change)
+            splits[part] = DatasetSplit(data, name=part, num_workers=num_workers, prepare=prepare, augment=change)
     train = splits.pop("train")
     evaluation = splits.pop(next(part for part in ("evaluation", *EVALUATION_NAMES) if part in splits))
     calibration = next(iter(splits.values()), None)
@@ -271,7 +275,9 @@ def _columns(file: Path, schema: Any, image: str | None, label: str | None) -> t
         return bool(kinds.is_binary(field.type) or kinds.is_large_binary(field.type))
 
     pictures = [field.name for field in schema if holds_bytes(field)]
-    codes = [f.name for f in schema if kinds.is_integer(f.type) or kinds.is_string(f.type) or kinds.is_large_string(f.type)]
+    codes = [
+        f.name for f in schema if kinds.is_integer(f.type) or kinds.is_string(f.type) or kinds.is_large_string(f.type)
+    ]
     named = [name for name in codes if name.lower() in ("label", "labels", "target", "class", "category", "fine_label")]
     chosen = []
     for what, given, candidates in (("image", image, pictures), ("label", label, named or codes)):
@@ -315,10 +321,6 @@ def _class_files(folder: Path, classes: list[str]) -> tuple[list[Path], list[int
         if _is_image(file)
     ]
     return [file for file, _ in pairs], [code for _, code in pairs]
-
-
-def _default(colour: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    return colour if channels == 3 else (0.5,) * channels
 
 
 def _pillow() -> Any:

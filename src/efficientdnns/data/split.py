@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset, default_collate
 
+from efficientdnns.data.nested import each, leaves, length, select
 from efficientdnns.errors import ConfigurationError, DataError
 
 Prepare = Callable[[Any], Any]
@@ -34,13 +35,14 @@ class Batch(NamedTuple):
 class Split(ABC):
     """A set of samples that gives batches.
 
-    Attributes: ``name`` (as reports print it), ``has_labels``, ``prepare`` and ``augment`` (batched functions or
-    ``None``). The order of samples depends on ``(seed, epoch)`` and nothing else; the random numbers of ``augment``
-    depend on ``(seed, epoch, batch, rank)``.
+    Attributes: ``name`` (as reports print it), ``has_labels``, ``divisible`` (whether `subset` and `take` work),
+    ``prepare`` and ``augment`` (batched functions or ``None``). The order of samples depends on ``(seed, epoch)`` and
+    nothing else; the random numbers of ``augment`` depend on ``(seed, epoch, batch, rank)``.
     """
 
     name: str = "data"
     has_labels: bool = True
+    divisible: bool = True
     prepare: Prepare | None = None
     augment: Augment | None = None
 
@@ -127,7 +129,8 @@ class Split(ABC):
 class TensorSplit(Split):
     """Samples that are tensors in memory (or a tuple of tensors); a batch costs one ``index_select`` a tensor.
 
-    Integer targets are kept as int64 and NumPy's float64 becomes float32. ``prepare(x)`` and ``augment(x, generator)`` work on whole batches.
+    Integer targets are kept as int64 and NumPy's float64 becomes float32. ``prepare(x)`` and ``augment(x, generator)``
+    work on whole batches.
     Raises `DataError` if the lengths differ.
     """
 
@@ -140,13 +143,13 @@ class TensorSplit(Split):
         prepare: Prepare | None = None,
         augment: Augment | None = None,
     ) -> None:
-        self.inputs = _map(inputs, _as_tensor)
-        self.targets = None if targets is None else _map(targets, _as_target)
+        self.inputs = _tensors(inputs, _as_tensor)
+        self.targets = None if targets is None else _tensors(targets, _as_target)
         self.name, self.prepare, self.augment = name, prepare, augment
         self.has_labels = targets is not None
-        lengths = {len(tensor) for tensor in _leaves((self.inputs, self.targets))}
+        lengths = {len(tensor) for tensor in leaves((self.inputs, self.targets))}
         if len(lengths) != 1:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _leaves((self.inputs, self.targets)))
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in leaves((self.inputs, self.targets)))
             raise DataError(f"inputs and targets have shapes {shapes}; expected one row for each sample in all of them")
         self._length = lengths.pop()
 
@@ -154,15 +157,15 @@ class TensorSplit(Split):
         return self._length
 
     def _fetch(self, batches: list[Tensor]) -> Iterator[tuple[Any, Any | None]]:
-        device = next(iter(_leaves(self.inputs))).device
+        device = next(leaves(self.inputs)).device
         for rows in batches:
             if device.type != "cpu":
                 rows = rows.to(device, non_blocking=True)
             targets = self.targets if self.has_labels else None
-            yield _select(self.inputs, rows), None if targets is None else _select(targets, rows)
+            yield select(self.inputs, rows), None if targets is None else select(targets, rows)
 
     def subset(self, indices: Tensor | Sequence[int]) -> TensorSplit:
-        device = next(iter(_leaves(self.inputs))).device
+        device = next(leaves(self.inputs)).device
         rows = torch.as_tensor(indices, dtype=torch.long).to(device)
         return self._with(lambda tensor: tensor.index_select(0, rows))
 
@@ -171,9 +174,8 @@ class TensorSplit(Split):
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> TensorSplit:
         other = copy.copy(self)
-        other.inputs = _map(self.inputs, change)
-        other.targets = None if self.targets is None else _map(self.targets, change)
-        other._length = len(next(iter(_leaves(other.inputs))))
+        other.inputs, other.targets = each((self.inputs, self.targets), change)
+        other._length = length(other.inputs)
         return other
 
     def classes(self) -> int | None:
@@ -205,7 +207,7 @@ class DatasetSplit(Split):
         self.has_labels = len(self) > 0 and _pair(dataset[0])[1] is not None
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def _fetch(self, batches: list[Tensor]) -> Iterator[tuple[Any, Any | None]]:
         loader: DataLoader[Any] = DataLoader(
@@ -237,18 +239,27 @@ class LoaderSplit(Split):
     """
 
     def __init__(self, loader: Any, *, name: str = "train") -> None:
-        self.loader, self.name = loader, name
+        self.loader, self.name, self.divisible = loader, name, False
         try:
             first = next(iter(loader))
         except StopIteration:
             raise DataError(f"the loader of the {name} split gives no batch") from None
         self.has_labels = _pair(first)[1] is not None
+        self._counted: tuple[int, int] | None = None
 
     def __len__(self) -> int:
+        """Of the sampler or the data set; a loader that tells neither is run through once and counted."""
         for source in (getattr(self.loader, "sampler", None), getattr(self.loader, "dataset", None)):
-            if hasattr(source, "__len__"):
+            if isinstance(source, Sized):
                 return len(source)
-        raise DataError(f"the loader of the {self.name} split has no length; give one over a data set with __len__")
+        return self._count()[1]
+
+    def _count(self) -> tuple[int, int]:
+        """(batches, samples) of one pass."""
+        if self._counted is None:
+            sizes = [length(_pair(item)[0]) for item in self.loader]
+            self._counted = len(sizes), sum(sizes)
+        return self._counted
 
     def batches(
         self,
@@ -262,22 +273,25 @@ class LoaderSplit(Split):
         world_size: int = 1,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
-        sampler = getattr(self.loader, "sampler", None)
+        sampler: Any = getattr(self.loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         sliced = world_size > 1 and not isinstance(sampler, DistributedSampler)
         for item in _seeded(self.loader, seed, epoch):
             inputs, targets = _pair(item)
             if sliced:
-                if len(next(iter(_leaves(inputs)))) < world_size:
+                if length(inputs) < world_size:
                     continue
-                inputs, targets = _map((inputs, targets), lambda tensor: tensor[rank::world_size])
+                inputs, targets = each((inputs, targets), lambda tensor: tensor[rank::world_size])
             yield Batch(inputs, targets if self.has_labels else None, None)
 
     def number_of_batches(self, batch_size: int, *, world_size: int = 1, drop_last: bool = False) -> int:
         own = getattr(self.loader, "batch_size", None)
         if world_size == 1 or own is None or isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
-            return len(self.loader)
+            try:
+                return len(self.loader)
+            except TypeError:
+                return self._count()[0]
         return _count(len(self), own, world_size, getattr(self.loader, "drop_last", False))
 
     def _fetch(self, batches: list[Tensor]) -> Iterator[tuple[Any, Any | None]]:
@@ -293,48 +307,6 @@ class LoaderSplit(Split):
 
     def classes(self) -> int | None:
         return _dataset_classes(getattr(self.loader, "dataset", None))
-
-
-def as_split(
-    data: Any,
-    name: str,
-    *,
-    num_workers: int = 0,
-    prepare: Prepare | None = None,
-    augment: Augment | None = None,
-) -> Split:
-    """A `Split` of what the user has: a split, a loader, a data set, a tensor, or ``(inputs, targets)``.
-
-    A ``TensorDataset`` becomes a `TensorSplit`. The options hold where the split is made here.
-    """
-    if isinstance(data, Split):
-        return data
-    if isinstance(data, DataLoader):
-        return LoaderSplit(data, name=name)
-    if isinstance(data, TensorDataset):
-        data = data.tensors[0] if len(data.tensors) == 1 else (_one(data.tensors[:-1]), data.tensors[-1])
-    if isinstance(data, Tensor | np.ndarray):
-        return TensorSplit(data, name=name, prepare=prepare, augment=augment)
-    if isinstance(data, tuple | list) and 1 <= len(data) <= 2:
-        return TensorSplit(*data, name=name, prepare=prepare, augment=augment)
-    if isinstance(data, Dataset):
-        return DatasetSplit(data, name=name, num_workers=num_workers, prepare=prepare, augment=augment)
-    raise DataError(
-        f"the {name} split is a {type(data).__name__}; expected tensors (inputs, targets), a Dataset, a DataLoader or a Split"
-    )
-
-
-def carve(split: Split, share: float, *, most: int = 5000, seed: int = 0, name: str = "calibration") -> tuple[Split, Split]:
-    """Cut ``min(share, most)`` samples out of ``split`` at random; returns (the rest, the samples cut out).
-
-    The choice depends on ``seed`` and the split's length alone; both parts keep the order of the split.
-    """
-    count = min(int(share * len(split)), most)
-    order = torch.randperm(len(split), generator=generator(seed, 0x5EED))
-    kept = split.subset(order[count:].sort().values)
-    cut = copy.copy(split.subset(order[:count].sort().values))
-    cut.name = name
-    return kept, cut
 
 
 def generator(*key: int) -> torch.Generator:
@@ -377,28 +349,11 @@ def _one(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, tuple) or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
-        return tuple(_map(part, function) for part in value)
+def _tensors(value: Any, convert: Callable[[Any], Tensor]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _map(part, function) for key, part in value.items()}
-    return value if value is None else function(value)
-
-
-def _select(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value.index_select(0, rows)
-    return _map(value, lambda tensor: tensor.index_select(0, rows))
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _leaves(part)
-    elif isinstance(value, Mapping):
-        yield from _leaves(tuple(value.values()))
+        return {key: _tensors(part, convert) for key, part in value.items()}
+    several = isinstance(value, tuple) or (isinstance(value, list) and value and isinstance(value[0], Tensor))
+    return tuple(_tensors(part, convert) for part in value) if several else convert(value)
 
 
 def _as_tensor(value: Any) -> Tensor:

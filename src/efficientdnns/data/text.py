@@ -53,7 +53,7 @@ class WindowSplit(Split):
         return int(self.ids.max()) + 1
 
 
-def character_source(text: str, name: str, *, length: int = 128, metric: str = "perplexity") -> Source:
+def character_source(text: str, name: str, *, length: int = 128) -> Source:
     """A language-modelling source over the characters of ``text``: first 90 % train, then 5 % calibration, 5 % test.
 
     The vocabulary is the sorted set of characters of the whole text; id i is its i-th character.
@@ -68,5 +68,4 @@ def character_source(text: str, name: str, *, length: int = 128, metric: str = "
         evaluation=WindowSplit(ids[second:], length, name="test"),
         kind="language-modelling",
         num_classes=len(vocabulary),
-        metric=metric,
     )

@@ -1,10 +1,9 @@
 """What a network costs: multiply-accumulates, weights, bytes, memory and measured latency."""
 
-from efficientdnns.measurement.environment import environment
 from efficientdnns.measurement.latency import Latency, Runner, Speedup, measure_latency, speedup
 from efficientdnns.measurement.macs import MacCount, count_macs
 from efficientdnns.measurement.memory import peak_memory
-from efficientdnns.measurement.profile import Metric, Profile, ProfileRatio, profile, profile_many
+from efficientdnns.measurement.profile import Metric, Profile, ProfileRatio, profile_many
 from efficientdnns.measurement.size import nonzero_parameters, parameter_count
 
 __all__ = [
@@ -16,12 +15,10 @@ __all__ = [
     "Runner",
     "Speedup",
     "count_macs",
-    "environment",
     "measure_latency",
     "nonzero_parameters",
     "parameter_count",
     "peak_memory",
-    "profile",
     "profile_many",
     "speedup",
 ]

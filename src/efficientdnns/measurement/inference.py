@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def batch_size(inputs: Any) -> int:
 
 
 def with_batch(inputs: Any, samples: int) -> Any:
-    """Return ``inputs`` with ``samples`` samples: tensors that share the batch dimension are cut or repeated along it."""
+    """Return ``inputs`` with ``samples`` samples: tensors of the batch's first dimension are cut or repeated."""
     size = batch_size(inputs)
 
     def resize(leaf: Any) -> Any:
@@ -74,7 +74,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
-    model.eval()
+    with suppress(NotImplementedError):  # what torch.export wrote has its mode built in and refuses
+        model.eval()
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
             yield

@@ -66,9 +66,16 @@ class Latency(BaseModel):
         """Summarise ``samples`` (milliseconds)."""
         p10, median, p90 = (float(value) for value in np.percentile(samples, [10, 50, 90]))
         return cls(
-            median=median, p10=p10, p90=p90, runtime=runtime, threads=threads, batch=batch, runs=len(samples),
-            samples=tuple(samples), run=run,
-        )  # fmt: skip
+            median=median,
+            p10=p10,
+            p90=p90,
+            runtime=runtime,
+            threads=threads,
+            batch=batch,
+            runs=len(samples),
+            samples=tuple(samples),
+            run=run,
+        )
 
     def __str__(self) -> str:
         where = f"{self.runtime}, batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
@@ -103,8 +110,7 @@ class Eager:
         inputs = to_device(inputs, device)
 
         def once() -> object:
-            with torch.inference_mode():
-                return self.forward(self.model, inputs)
+            return self.forward(self.model, inputs)
 
         def once_and_wait() -> object:
             output = once()
@@ -114,7 +120,7 @@ class Eager:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            with evaluating(self.model):
+            with evaluating(self.model), torch.inference_mode():
                 yield once if device.type == "cpu" else once_and_wait
         finally:
             torch.set_num_threads(before)
@@ -211,7 +217,7 @@ def _interleave(
 
 
 def _loops(function: Callable[[], object]) -> int:
-    """Calls that together take :data:`SHORTEST_SAMPLE`; slow outliers make it too small, so the best of three counts."""
+    """Calls that together take :data:`SHORTEST_SAMPLE`; the best of three, since a slow one makes it too small."""
     count = 1
     while (taken := min(_time(function, count) for _ in range(3))) < SHORTEST_SAMPLE:
         count = max(count + 1, math.ceil(count * min(10.0, 1.1 * SHORTEST_SAMPLE / max(taken, 1e-9))))

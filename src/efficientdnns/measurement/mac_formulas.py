@@ -140,9 +140,9 @@ def encoder_layer(
     return sum(lengths) * dense + 2 * sum(length * length for length in lengths) * width
 
 
-def recurrent_layer(output: Any, inputs: Tensor, input_weight: Tensor, hidden_weight: Tensor, *_: Any, **__: Any) -> int:
+def recurrent_layer(output: Any, inputs: Tensor, input_weight: Tensor, state_weight: Tensor, *_: Any, **__: Any) -> int:
     """One layer and direction on (steps, batch, features): both weight matrices once per step."""
-    return prod(inputs.shape[:-1]) * (input_weight.numel() + hidden_weight.numel())
+    return prod(inputs.shape[:-1]) * (input_weight.numel() + state_weight.numel())
 
 
 def _all_matrices(inputs: Tensor, parameters: list[Tensor]) -> int:

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficientdnns.measurement.inference import Forward, batch_size, call, device_of, evaluating, to_device
+from efficientdnns.measurement.inference import Forward, batch_size, call, device_of, to_device
 from efficientdnns.measurement.mac_formulas import has_formula, macs_of
+from efficientdnns.measurement.watch import Watch, watching
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def count_macs(
     samples = samples or batch_size(example_inputs)
     inputs = to_device(example_inputs, device_of(model))
     counter = _Counter()
-    with evaluating(model), _current_module(model, counter.path), counter:
+    with _current_module(model, counter.path), watching(model, counter):
         (forward or call)(model, inputs)
 
     def per_sample(counts: Counter[str]) -> dict[str, int]:
@@ -87,8 +87,8 @@ def count_macs(
     )
 
 
-class _Counter(TorchDispatchMode):
-    """Counts every operation that reaches the dispatcher; ``path`` holds the names of the modules being called."""
+class _Counter(Watch):
+    """Adds up the formulas; ``path`` holds the names of the modules being called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,24 +97,16 @@ class _Counter(TorchDispatchMode):
         self.by_operation: Counter[str] = Counter()
         self.unknown: set[str] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types:  # a tensor subclass: let it unwrap itself, its inner operations come back here
-            return NotImplemented
-        kwargs = kwargs or {}
-        operation = getattr(func, "_overloadpacket", func)
-        if not has_formula(operation) and hasattr(func, "decompose"):
-            with self:
-                output = func.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
-        output = func(*args, **kwargs)
+    def whole(self, operation: Any) -> bool:
+        return has_formula(operation)
+
+    def seen(self, operation: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         macs = macs_of(operation, output, args, kwargs)
         if macs:
             self.by_module[self.path[-1]] += macs
             self.by_operation[str(operation)] += macs
-        elif macs is None and getattr(func, "namespace", "aten") not in ("aten", "prim", "prims", "profiler"):
+        elif macs is None and str(operation).partition(".")[0] not in ("aten", "prim", "prims", "profiler"):
             self.unknown.add(str(operation))
-        return output
 
 
 @contextmanager

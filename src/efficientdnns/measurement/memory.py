@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from efficientdnns.measurement.inference import Forward, call, device_of, evaluating, to_device
+from efficientdnns.measurement.inference import Forward, call, device_of, to_device
+from efficientdnns.measurement.watch import Watch, watching
 
 
 def peak_memory(model: nn.Module, example_inputs: Any, forward: Forward | None = None) -> int:
@@ -29,17 +29,18 @@ def peak_memory(model: nn.Module, example_inputs: Any, forward: Forward | None =
     ledger = _Ledger()
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves(inputs)):
         ledger.add(tensor)
-    with evaluating(model), ledger:
+    with watching(model, ledger):
         (forward or call)(model, inputs)
     return ledger.peak
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(Watch):
     """The storages alive, by identity, with their bytes; a storage leaves when its last tensor is gone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: dict[int, int] = {}
+        self.references: dict[int, weakref.ref[Any]] = {}
         self.alive = 0
         self.peak = 0
 
@@ -50,18 +51,15 @@ class _Ledger(TorchDispatchMode):
         storage = value.untyped_storage()
         key = id(storage)
         if key not in self.bytes:
-            weakref.finalize(storage, self._remove, key).atexit = False
+            self.references[key] = weakref.ref(storage, lambda _: self._remove(key))
         self.alive += storage.nbytes() - self.bytes.get(key, 0)
         self.bytes[key] = storage.nbytes()
         self.peak = max(self.peak, self.alive)
 
     def _remove(self, key: int) -> None:
         self.alive -= self.bytes.pop(key)
+        del self.references[key]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types:  # a tensor subclass: let it unwrap itself, its inner operations come back here
-            return NotImplemented
-        output = func(*args, **(kwargs or {}))
+    def seen(self, operation: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for leaf in tree_leaves(output):
             self.add(leaf)
-        return output

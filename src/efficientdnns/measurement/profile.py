@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from efficientdnns.data.metric import MetricValue
 from efficientdnns.measurement.inference import with_batch
 from efficientdnns.measurement.latency import Latency, Speedup, measure_latency, speedup
 from efficientdnns.measurement.macs import count_macs
@@ -15,23 +16,6 @@ from efficientdnns.measurement.memory import peak_memory
 from efficientdnns.measurement.size import CountsParameters, nonzero_parameters, parameter_count
 
 Split = Literal["train", "calibration", "evaluation"]
-
-
-class Scored(Protocol):
-    """What ``task.evaluate`` returns."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def higher_is_better(self) -> bool: ...
-    @property
-    def unit(self) -> str: ...
 
 
 class Measurable(Protocol):
@@ -42,7 +26,7 @@ class Measurable(Protocol):
         """Inputs of one sample."""
         ...
 
-    def evaluate(self, model: Any, split: Any = ...) -> Scored:
+    def evaluate(self, model: Any, split: Any = ...) -> MetricValue:
         """Score ``model`` on a split."""
         ...
 
@@ -171,15 +155,7 @@ def profile_many(
     timed = iter(latencies)
     profiles = []
     for model, codec in zip(models, codecs, strict=True):
-        scored = task.evaluate(model, split)
-        metric = Metric(
-            name=scored.name,
-            value=scored.value,
-            split=scored.split,
-            n=scored.n,
-            higher_is_better=scored.higher_is_better,
-            unit=scored.unit,
-        )
+        metric = Metric(**task.evaluate(model, split)._asdict())
         if isinstance(model, nn.Module):
             measured = Profile(metric=metric, latency_ms=next(timed, None), **_statics(model, task, codec))
         elif isinstance(model, CountsParameters):

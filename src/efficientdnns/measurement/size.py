@@ -36,26 +36,17 @@ def parameter_count(model: nn.Module) -> int:
     Raises:
         ModelError: a module names a weight buffer that it does not have.
     """
-    return _count(model)[0]
+    return sum(
+        part.numel() if isinstance(part, Tensor) else part.count_parameters()[0] for part in _parts(model, set())
+    )
 
 
 def nonzero_parameters(model: nn.Module) -> int:
     """Return the number of weights that are not zero, of those that :func:`parameter_count` counts."""
-    return _count(model)[1]
-
-
-def _count(model: nn.Module) -> tuple[int, int]:
-    total = nonzero = 0
-    seen: set[object] = set()
-    for part in _parts(model, seen):
-        if isinstance(part, Tensor):
-            total += part.numel()
-            nonzero += int(torch.count_nonzero(part.detach()))
-        else:
-            all_of_it, not_zero = part.count_parameters()
-            total += all_of_it
-            nonzero += not_zero
-    return total, nonzero
+    return sum(
+        int(torch.count_nonzero(part.detach())) if isinstance(part, Tensor) else part.count_parameters()[1]
+        for part in _parts(model, set())
+    )
 
 
 def _parts(module: nn.Module, seen: set[object]) -> Iterator[Tensor | CountsParameters]:
@@ -66,11 +57,11 @@ def _parts(module: nn.Module, seen: set[object]) -> Iterator[Tensor | CountsPara
     if isinstance(module, CountsParameters):
         yield module
         return
-    tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
+    tensors: list[Tensor] = [tensor for tensor in module._parameters.values() if tensor is not None]
     for name in getattr(module, "weight_buffers", ()):
         if name not in module._buffers:
             raise ModelError(
-                f"{type(module).__name__} has no buffer {name!r}, which its weight_buffers name; register it as a buffer"
+                f"{type(module).__name__} has no buffer {name!r}, though its weight_buffers name it; register it"
             )
         buffer = module._buffers[name]
         if buffer is not None:
@@ -86,6 +77,5 @@ def _parts(module: nn.Module, seen: set[object]) -> Iterator[Tensor | CountsPara
 
 def _identity(tensor: Tensor) -> object:
     """The memory a tensor occupies, so that tied weights in two Parameter objects are one; itself where it has none."""
-    if tensor.device.type == "meta" or tensor.layout is not torch.strided or tensor.numel() == 0:
-        return ("tensor", id(tensor))
-    return (str(tensor.device), tensor.data_ptr(), tensor.numel(), tensor.dtype)
+    address = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return (str(tensor.device), address, tensor.numel(), tensor.dtype) if address else ("tensor", id(tensor))

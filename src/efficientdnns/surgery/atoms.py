@@ -1,8 +1,8 @@
 """Atoms: every position of every tensor dimension that can carry channels has a number, and operations equate numbers.
 
-The rules of :mod:`efficientdnns.surgery.rules` only *record* what they learn (pairs of equal atoms, atoms that must stay); the record
-is resolved once, at the end, with one connected-components pass. What comes out are *units*: sets of positions, over all parameters of
-the network, that can only be removed together.
+The rules of :mod:`efficientdnns.surgery.rules` only *record* what they learn (pairs of equal atoms, atoms that must
+stay); the record is resolved once, at the end, with one connected-components pass. What comes out are *units*: sets of
+positions, over all parameters of the network, that can only be removed together.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Atoms:
     constants: set[int] = field(default_factory=set)
     parameters: dict[str, Value] = field(default_factory=dict)
     roles: dict[tuple[str, int], list[str]] = field(default_factory=dict)
-    gathers: dict[str, list[Ids]] = field(default_factory=dict)
+    gathers: dict[str, Ids] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Ids:
         """New atoms, equal to nothing yet."""
@@ -77,7 +77,8 @@ class Atoms:
         return np.arange(start, self.count, dtype=np.int64)
 
     def constant(self, size: int) -> Ids:
-        """New atoms for positions that are part of a channel dimension but can never be removed (padding, network inputs)."""
+        """New atoms for positions that are part of a channel dimension but can never be removed (padding, network
+        inputs)."""
         ids = self.fresh(size)
         self.constants.update(ids.tolist())
         self.pin(ids)
@@ -89,7 +90,8 @@ class Atoms:
         self.equal.append((first.ravel(), second.ravel()))
 
     def pin(self, ids: Ids | None, why: KeptWhole | None = None) -> None:
-        """These positions must stay; ``why`` is listed to the user, None where it goes without saying (inputs, outputs)."""
+        """These positions must stay; ``why`` is listed to the user, None where it goes without saying (inputs,
+        outputs)."""
         if ids is not None:
             self.pins.append((np.asarray(ids).ravel(), why))
 
@@ -115,7 +117,8 @@ class Atoms:
         return self.parameters[name]
 
     def mark(self, value: Value, dim: int, role: str) -> None:
-        """Note that dimension ``dim`` of a parameter (or of a transposed view of one) makes ("out") or reads ("in") channels."""
+        """Note that dimension ``dim`` of a parameter (or of a transposed view of one) makes ("out") or reads ("in")
+        channels."""
         if value.origin is not None:
             name, dims = value.origin
             roles = self.roles.setdefault((name, dims[dim]), [])
@@ -130,7 +133,8 @@ class Atoms:
         empty = np.empty(0, dtype=np.int64)
         rows = np.concatenate([a for a, _ in self.equal] or [empty])
         columns = np.concatenate([b for _, b in self.equal] or [empty])
-        links = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(self.count, self.count))
+        size = max(self.count, 1)  # SciPy has no empty matrices
+        links = coo_matrix((np.ones(len(rows), dtype=np.float32), (rows, columns)), shape=(size, size))
         units, unit_of = connected_components(links, directed=False)
         pinned = np.zeros(units, dtype=bool)
         for ids, _ in self.pins:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ class Callback:
 
     Order of a run: ``setup`` (before the optimizer exists: insert modules, add parameters), ``start``; per epoch
     ``epoch_start``, per step ``batch``, ``task_loss``, ``penalty``, ``after_backward``, ``after_step``, then
-    ``epoch_end`` (before validation and checkpoint); at the end ``finish``. A hook that is not overridden costs nothing.
+    ``epoch_end``, then ``validation`` and the checkpoint; at the end ``finish``. A hook that is not overridden costs nothing.
     """
 
     structural: bool = False
@@ -63,7 +64,11 @@ class Callback:
         """Change parameters after the optimizer moved them."""
 
     def epoch_end(self, trainer: Trainer) -> None:
-        """After the last step of each epoch, before validation: validation sees what would be deployed."""
+        """After the last step of each epoch, before validation."""
+
+    def validation(self, trainer: Trainer) -> AbstractContextManager[Any]:
+        """A context in which ``trainer.model`` is what would be deployed now; on leaving it the model is as it was."""
+        return nullcontext()
 
     def finish(self, trainer: Trainer) -> None:
         """Make ``trainer.model`` what the run is to hand over. Runs again on a run that is skipped because it was complete."""

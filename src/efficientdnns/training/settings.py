@@ -23,7 +23,7 @@ class TrainingSettings(BaseModel):
     weight_decay: NonNegativeFloat = 1e-4
     """L2 coefficient (decoupled for 'adamw')."""
     batch_size: PositiveInt = 128
-    """Samples per step and process."""
+    """Samples per step, over all processes."""
     schedule: Literal["constant", "cosine", "linear", "step"] = "cosine"
     """Learning rate over the run; 'step' divides by 10 at 50 % and 75 %."""
     warmup_epochs: NonNegativeFloat = 0.0

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the masked-out entries of the named parameters to exactly zero."""
     for name, mask in masks.items():
-        model.get_parameter(name).mul_(mask)
+        # Adding zero turns -0.0 into 0.0, which is another bit pattern and would have to be stored.
+        model.get_parameter(name).mul_(mask).add_(0.0)
 
 
 class MaskedTraining(Callback):

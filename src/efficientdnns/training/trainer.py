@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +80,12 @@ class Trainer:
         self._own_step = owners[0].training_step if owners else None
         self._hooks = {
             hook: overriding(self.callbacks, hook)
-            for hook in ("batch", "task_loss", "penalty", "learning_rate", "after_backward", "after_step")
+            for hook in ("batch", "task_loss", "penalty", "learning_rate", "after_backward", "after_step", "validation")
         }
 
     @property
     def _drop_last(self) -> bool:
-        return self.samples >= self.settings.batch_size * self.accelerator.num_processes
+        return self.samples >= self.settings.batch_size
 
     def fit(self) -> list[dict[str, Any]]:
         """Run to the end (from the checkpoint where there is one) and return the history, one entry an epoch."""
@@ -176,7 +177,10 @@ class Trainer:
         entry = {"run": self.label, "epoch": self.epoch + 1, "loss": total.item() / max(1, count)}
         entry["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if self.validate:
-            value = self.task.evaluate(self.model, "calibration", device=self.device)
+            with ExitStack() as deployed:
+                for callback in self._hooks["validation"]:
+                    deployed.enter_context(callback.validation(self))
+                value = self.task.evaluate(self.model, "calibration", device=self.device)
             entry[value.name], entry["split"] = value.value, value.split
             bar.note(f"{value.name} {value.value:.2f}")
         entry["seconds"] = time.perf_counter() - started

@@ -1,0 +1,93 @@
+"""What our training loop costs beside a hand-written one, and what each method adds to it: ratios measured in one run.
+
+    python benchmarks/training.py [--task mnist] [--steps 100] [--rounds 5]
+
+Every arm trains LeNet-5 on the same tensors; the arms take turns, round after round, and the table shows the median over
+rounds of each arm's time divided by the time of its reference in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import efficientdnns as ed
+from efficientdnns.method import TrainingMethod
+from efficientdnns.session import Session
+from efficientdnns.training import TrainingSettings
+
+BATCH = 64
+
+
+def by_hand(task: ed.Task) -> Callable[[], float]:
+    """A plain PyTorch loop over tensors."""
+
+    def run() -> float:
+        torch.manual_seed(0)
+        model = ed.models.build("lenet5").train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        inputs, targets = task.train.inputs, task.train.targets
+        started = time.perf_counter()
+        order = torch.randperm(len(inputs))
+        for first in range(0, len(order) - BATCH + 1, BATCH):
+            index = order[first : first + BATCH]
+            loss = torch.nn.functional.cross_entropy(model(inputs[index]), targets[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        return time.perf_counter() - started
+
+    return run
+
+
+def ours(task: ed.Task, method: TrainingMethod) -> Callable[[], float]:
+    """One epoch through the trainer with the method's callback; set-up and finish are not counted."""
+
+    def run() -> float:
+        torch.manual_seed(0)
+        model = ed.models.build("lenet5")
+        settings = TrainingSettings(batch_size=BATCH, learning_rate=0.01, optimizer="sgd")
+        session = Session(model=model, task=task, original=ed.models.build("lenet5").eval(), settings=settings)
+        method.prepare(session)
+        callbacks = [method.callback(session)]
+        session.train(callbacks, epochs=1, validate=False, **{**method.settings(), "batch_size": BATCH, "optimizer": "sgd"})
+        return session.history[-1]["seconds"]
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default="mnist")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    task = ed.Task.from_name(options.task, limit=int(options.steps * BATCH / 0.9) + 1, evaluation_limit=100)
+    arms: dict[str, Callable[[], float]] = {"by hand": by_hand(task), "fit": ours(task, ed.Fit(epochs=1))}
+    for method in ed.methods():
+        if issubclass(method, TrainingMethod) and method.apply is TrainingMethod.apply:
+            arms[method.name] = ours(task, method(**{**method.contract_fields, "epochs": 1}))
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(options.rounds):
+        for name, run in arms.items():
+            seconds[name].append(run())
+    table = Table("arm", "reference", "median ratio", "spread", title=f"LeNet-5, {options.steps} steps of {BATCH}, {options.rounds} rounds")
+    for name in arms:
+        if name == "by hand":
+            continue
+        reference = "by hand" if name == "fit" else "fit"
+        ratios = sorted(a / b for a, b in zip(seconds[name], seconds[reference]))
+        table.add_row(name, reference, f"{statistics.median(ratios):.3f}", f"{ratios[0]:.3f}-{ratios[-1]:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

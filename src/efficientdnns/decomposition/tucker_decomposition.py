@@ -1,0 +1,363 @@
+"""Tucker-2 decomposition of a whole network: three small convolutions in place of each convolution.
+
+The ranks come from variational Bayes without a user knob, and the network is fine-tuned once, as a whole."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from efficientdnns.budget import smallest_ratio
+from efficientdnns.errors import ConfigurationError, suggest
+from efficientdnns.measurement import count_macs
+from efficientdnns.measurement.size import parameter_count
+from efficientdnns.method import Method, Need, Paper
+from efficientdnns.parts.low_rank import (
+    Layer,
+    replace_everywhere,
+    round_rank,
+    three_convs,
+    truncated_svd,
+    two_layers,
+    unfold,
+)
+from efficientdnns.session import Session
+
+
+class Evbmf(NamedTuple):
+    """The analytic solution of variational Bayesian matrix factorisation."""
+
+    rank: int
+    u: Tensor
+    """Left singular vectors that are kept, (L, rank)."""
+    values: Tensor
+    """Shrunken singular values d_h < gamma_h, (rank,)."""
+    vh: Tensor
+    """Right singular vectors that are kept, (rank, M)."""
+    sigma2: float
+    """Noise variance."""
+
+
+def evbmf(matrix: Tensor, sigma2: float | None = None) -> Evbmf:
+    r"""Rank of a noisy matrix, `Nakajima et al., JMLR 2013 <https://jmlr.org/papers/v14/nakajima13a.html>`_.
+
+    A singular value :math:`\gamma_h` of V (L x M, L <= M, :math:`\alpha = L/M`) is signal if
+    :math:`\gamma_h > \sqrt{M \sigma^2 x}` with :math:`x = (1+\tau)(1+\alpha/\tau)` and
+    :math:`\tau \approx 2.5129\sqrt\alpha`;
+    it is shrunken to :math:`d_h = \frac{\gamma_h}{2}\left[b + \sqrt{b^2 - 4LM\sigma^4/\gamma_h^4}\right]`,
+    :math:`b = 1 - (L+M)\sigma^2/\gamma_h^2`.
+
+    Args:
+        matrix: any shape (rows, columns); it is transposed where there are more rows than columns.
+        sigma2: variance of the noise; None takes the one that minimises the free energy.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        flipped = evbmf(matrix.T, sigma2)
+        return flipped._replace(u=flipped.vh.T, vh=flipped.u.T)
+    rows, columns = matrix.shape
+    u, gamma, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    alpha = rows / columns
+    tau = 2.5129 * math.sqrt(alpha)
+    x_low = (1 + tau) * (1 + alpha / tau)
+    if sigma2 is None:
+        sigma2 = _noise_variance(gamma, columns, x_low)
+    rank = int((gamma > math.sqrt(columns * sigma2 * x_low)).sum())
+    kept = gamma[:rank]
+    b = 1 - (rows + columns) * sigma2 / kept**2
+    values = kept / 2 * (b + torch.sqrt(b**2 - 4 * rows * columns * sigma2**2 / kept**4))
+    return Evbmf(rank, u[:, :rank], values, vh[:rank], sigma2)
+
+
+def free_energy(sigma2: float, gamma: Tensor, columns: int, x_low: float) -> float:
+    r""":math:`\Omega(\sigma^2) = \sum_h \psi(\gamma_h^2 / M\sigma^2)` over all L singular values, up to a constant.
+
+    :math:`\psi(x) = x - \log x`, and for :math:`x > x_{low}` also
+    :math:`\log(\tau+1) + \alpha\log(\tau/\alpha+1) - \tau` with
+    :math:`\tau(x) = \frac12\left(x-(1+\alpha)+\sqrt{(x-(1+\alpha))^2-4\alpha}\right)`.
+    """
+    alpha = len(gamma) / columns
+    x = gamma.square() / (columns * sigma2)
+    above = x[x > x_low] - (1 + alpha)
+    tau = (above + torch.sqrt(above**2 - 4 * alpha)) / 2
+    signal = torch.log(tau + 1) + alpha * torch.log(tau / alpha + 1) - tau
+    return float((x - torch.log(x)).sum() + signal.sum())
+
+
+def _noise_variance(gamma: Tensor, columns: int, x_low: float) -> float:
+    from scipy.optimize import minimize_scalar
+
+    # Exact zeros (a matrix of lower rank) have no logarithm; far below the noise they change nothing.
+    gamma = gamma.clamp_min(max(1e-8 * float(gamma[0]), 1e-150))
+    rows = len(gamma)
+    tail = gamma[min(math.ceil(rows / (1 + rows / columns)) - 1, rows - 1) :].square()
+    upper = float(gamma.square().mean()) / columns
+    lower = min(max(float(tail[0]) / (columns * x_low), float(tail.mean()) / columns), upper)
+    # Searched in units of the upper bound, which makes the rank independent of the scale of the matrix.
+    scaled = gamma / math.sqrt(upper)
+    found = minimize_scalar(
+        free_energy,
+        args=(scaled, columns, x_low),
+        bounds=(lower / upper, 1.0),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    return float(found.x) * upper
+
+
+def tucker2(
+    kernel: Tensor, rank_in: int, rank_out: int, sweeps: int = 20
+) -> tuple[Tensor, Tensor, Tensor, list[float]]:
+    r"""Tucker-2 :math:`K \approx C \times_{in} U_{in} \times_{out} U_{out}` with orthonormal factors: HOSVD, then HOOI.
+
+    Args:
+        kernel: (outputs T, inputs S, height, width); the spatial modes are not reduced.
+        rank_in: R3, at most S.
+        rank_out: R4, at most T.
+        sweeps: alternating updates after the HOSVD; it ends earlier once they no longer help.
+
+    Returns:
+        The core (R4, R3, height, width), U_in (S, R3), U_out (T, R4), and the relative Frobenius error after HOSVD and
+        after each sweep, which never rises.
+    """
+    weight = kernel.double()
+    u_in, u_out = _leading(unfold(weight, 1), rank_in), _leading(unfold(weight, 0), rank_out)
+    total = float(weight.square().sum())
+
+    def core() -> Tensor:
+        return torch.einsum("tsij,sa,tb->baij", weight, u_in, u_out)
+
+    def error() -> float:
+        # The factors are orthonormal, so what the core does not hold is the error.
+        return math.sqrt(max(0.0, 1 - float(core().square().sum()) / total)) if total else 0.0
+
+    errors = [error()]
+    for _ in range(sweeps):
+        u_out = _leading(unfold(torch.einsum("tsij,sa->taij", weight, u_in), 0), rank_out)
+        u_in = _leading(unfold(torch.einsum("tsij,tb->bsij", weight, u_out), 1), rank_in)
+        errors.append(error())
+        if errors[-2] - errors[-1] < 1e-7:
+            break
+    return core().to(kernel.dtype), u_in.to(kernel.dtype), u_out.to(kernel.dtype), errors
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
+
+
+def layers_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers that can be decomposed, by name, and why the other convolutions and linear layers cannot."""
+    fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    inside = {id(part) for module in model.modules() if isinstance(module, fused) for part in module.modules()}
+    able: dict[str, Layer] = {}
+    unable: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+            continue
+        if id(module) in inside:
+            unable[name] = "read by a fused kernel"
+        elif type(module) not in (nn.Conv2d, nn.Linear):
+            unable[name] = f"a {type(module).__name__}"
+        elif getattr(module, "groups", 1) > 1:
+            unable[name] = "grouped"
+        else:
+            able[name] = module  # type: ignore[assignment]
+    return able, unable
+
+
+def full_ranks(layer: Layer) -> tuple[int, ...]:
+    """(S, T) for a convolution that gets Tucker-2; the rank of the matrix for what gets an SVD."""
+    if isinstance(layer, nn.Conv2d) and layer.in_channels > 4 and layer.kernel_size != (1, 1):
+        return min(unfold(layer.weight, 1).shape), min(unfold(layer.weight, 0).shape)
+    return (min(layer.weight.flatten(1).shape),)
+
+
+def base_ranks(layer: Layer, ranks: str | float | tuple[int, int]) -> tuple[int, ...]:
+    """The ranks that the field ``ranks`` gives a layer, in the order of `full_ranks`; EVBMF may say 0."""
+    full = full_ranks(layer)
+    if isinstance(ranks, str):
+        weight = layer.weight.detach()
+        return tuple(evbmf(unfold(weight, mode)).rank for mode in ((1, 0) if len(full) == 2 else (0,)))
+    if isinstance(ranks, float):
+        return tuple(round(ranks * rank) for rank in full)
+    return tuple(min(rank, limit) for rank, limit in zip(ranks[-len(full) :], full))
+
+
+def saves(layer: Layer, ranks: tuple[int, ...]) -> bool:
+    """Whether the factors need fewer weights and fewer multiply-accumulates than the layer."""
+    outputs, inputs = layer.weight.shape[:2]
+    area = layer.weight[0, 0].numel()
+    if len(ranks) == 1:
+        return ranks[0] * (inputs * area + outputs) < layer.weight.numel()
+    assert isinstance(layer, nn.Conv2d)
+    # The first 1 x 1 runs before the stride, on that many times more pixels than the rest.
+    pixels = layer.stride[0] * layer.stride[1]
+    return pixels * inputs * ranks[0] + area * ranks[0] * ranks[1] + outputs * ranks[1] < layer.weight.numel()
+
+
+def decompose(layer: Layer, ranks: tuple[int, ...], sweeps: int = 20) -> tuple[nn.Sequential, float]:
+    """The chain of layers for ``layer`` and the relative error of its weights."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Conv2d) and len(ranks) == 2:
+        core, u_in, u_out, errors = tucker2(weight, *ranks, sweeps)
+        return three_convs(layer, *ranks, (core, u_in, u_out)), errors[-1]
+    left, right = truncated_svd(weight.flatten(1), ranks[0])
+    error = (weight.flatten(1) - left @ right).norm() / weight.norm().clamp_min(1e-30)
+    return two_layers(layer, ranks[0], (left, right)), float(error)
+
+
+def outline(layer: Layer, ranks: tuple[int, ...]) -> nn.Sequential:
+    """The chain of layers with open values, to count its costs."""
+    if isinstance(layer, nn.Conv2d) and len(ranks) == 2:
+        return three_convs(layer, *ranks, None)
+    return two_layers(layer, ranks[0], None)
+
+
+class TuckerDecomposition(Method):
+    r"""Whole-network compression by Tucker-2, `Kim et al., ICLR 2016 <https://arxiv.org/abs/1511.06530>`_.
+
+    A kernel K (D x D x S x T: S inputs, T outputs) becomes
+
+    .. math:: K(i,j,s,t) \approx \sum_{r_3,r_4} C(i,j,r_3,r_4)\, U_3(s,r_3)\, U_4(t,r_4)
+
+    that is a 1 x 1 convolution S -> R3, a D x D convolution R3 -> R4 with the old stride and padding, and a 1 x 1
+    convolution R4 -> T with the bias: :math:`S R_3 + D^2 R_3 R_4 + T R_4` weights for :math:`D^2 S T`. R3 and R4 are
+    the `evbmf` ranks of the kernel's two channel unfoldings. The first convolution, 1 x 1 convolutions and linear
+    layers become two layers by SVD. The network is useless until it is fine-tuned, which ``finetune_epochs`` does
+    at the paper's learning rate of 0.001, divided by 10 on the way.
+
+    A budget is met through ``rank_scale``: the mildest one whose network is within the budget.
+
+    Deviations:
+        A layer whose factors would need no fewer weights or multiply-accumulates is left as it is and listed in the
+        report, and so are grouped and transposed convolutions. The first convolution is known by its
+        inputs (at most 4 channels).
+        ``rank_scale`` is the weakening of later work (MUSCO); the paper has no knob. Momentum and weight decay of the
+        fine-tuning are not given in the paper and taken from the training settings.
+    """
+
+    paper: ClassVar[Paper | None] = Paper(
+        id="tucker-decomposition",
+        title="Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications",
+        authors="Yong-Deok Kim, Eunhyeok Park, Sungjoo Yoo, Taelim Choi, Lu Yang, Dongjun Shin",
+        venue="ICLR",
+        year=2016,
+        url="https://arxiv.org/abs/1511.06530",
+    )
+    kind: ClassVar[str] = "decomposition"
+    needs: ClassVar[frozenset[Need]] = frozenset({"training data", "labels"})
+    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params"})
+    contract_fields: ClassVar[dict[str, Any]] = {"finetune_epochs": 1}
+
+    ranks: Literal["evbmf"] | Annotated[float, Field(gt=0, le=1)] | tuple[PositiveInt, PositiveInt] = "evbmf"
+    """'evbmf', a share of the full ranks, or (R3, R4) for every convolution (R4 where there is one rank)."""
+    rank_scale: Annotated[float, Field(ge=0)] = 1.0
+    """w in r = R_max - w (R_max - R): 1 takes the ranks R as they are, less weakens the compression."""
+    min_rank: PositiveInt = 1
+    """No rank falls below it."""
+    multiple_of: PositiveInt = 1
+    """Ranks are rounded up to a multiple, which some hardware likes."""
+    hooi_sweeps: NonNegativeInt = 20
+    """Most sweeps of the alternating refinement; 0 keeps the HOSVD."""
+    linear: bool = True
+    """Decompose linear layers too."""
+    skip: tuple[str, ...] = ()
+    """Layers to leave alone, by name."""
+    finetune_epochs: NonNegativeInt = 10
+    """Epochs of training afterwards; 0 leaves the fine-tuning to a later step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of the fine-tuning."""
+    schedule: Literal["constant", "cosine", "linear", "step"] = "step"
+    """Schedule of the fine-tuning."""
+
+    def check(self, session: Session) -> None:
+        if self.finetune_epochs:
+            super().check(session)
+        # Steps before this one may change the names; the network as it was given is what can be checked now.
+        names, _ = layers_of(session.model)
+        for name in self.skip:
+            if name not in names:
+                raise ConfigurationError(f"{self.name}: skip names '{name}', which is no layer{suggest(name, names)}")
+
+    def apply(self, session: Session) -> None:
+        able, kept = layers_of(session.model)
+        layers: dict[str, Layer] = {}
+        for name, layer in able.items():
+            if name in self.skip or (isinstance(layer, nn.Linear) and not self.linear):
+                kept[name] = "left alone as asked"
+            else:
+                layers[name] = layer
+        bases: dict[str, tuple[int, ...]] = {}
+        with session.progress.task(f"{session.label}: ranks", len(layers)) as bar:
+            for name, layer in layers.items():
+                bases[name] = base_ranks(layer, self.ranks)
+                bar.advance()
+        scale = self._solve(session, layers, bases)
+        planned = self._plan(layers, bases, scale)
+        kept |= {name: "nothing to gain at these ranks" for name in layers if name not in planned}
+        found: dict[str, Any] = {}
+        with session.progress.task(f"{session.label}: factors", len(planned)) as bar:
+            for name, ranks in planned.items():
+                chain, error = decompose(layers[name], ranks, self.hooi_sweeps)
+                weights = sum(
+                    parameter.numel() for key, parameter in chain.named_parameters() if key.endswith("weight")
+                )
+                found[name] = {
+                    "ranks": ranks,
+                    "weights": (layers[name].weight.numel(), weights),
+                    "relative_error": error,
+                }
+                session.model = replace_everywhere(session.model, name, chain)
+                bar.advance()
+        session.report(rank_scale=scale, layers=found, kept=kept)
+        session.say(f"{len(found)} of {len(able)} layers decomposed")
+        if self.finetune_epochs:
+            session.train(epochs=self.finetune_epochs, learning_rate=self.learning_rate, schedule=self.schedule)
+
+    def _plan(
+        self, layers: Mapping[str, Layer], bases: Mapping[str, tuple[int, ...]], scale: float
+    ) -> dict[str, tuple[int, ...]]:
+        """The final ranks of every layer that gains by its factors."""
+        planned = {}
+        for name, layer in layers.items():
+            ranks = tuple(
+                round_rank(full - scale * (full - base), full, lowest=self.min_rank, multiple_of=self.multiple_of)
+                for full, base in zip(full_ranks(layer), bases[name])
+            )
+            if saves(layer, ranks):
+                planned[name] = ranks
+        return planned
+
+    def _solve(self, session: Session, layers: Mapping[str, Layer], bases: Mapping[str, tuple[int, ...]]) -> float:
+        """The mildest ``rank_scale`` that meets the budget; the field itself where there is none."""
+        limits = [name for name in session.budget.limits() if name in self.budgets]
+        if not limits:
+            return self.rank_scale
+        pairs = [pair for name, layer in layers.items() for pair in zip(full_ranks(layer), bases[name])]
+        # At this scale the last rank has come down to 1.
+        highest = max([(full - 1) / (full - base) for full, base in pairs if base < full], default=1.0)
+
+        def cost(ratio: float, name: str) -> float:
+            model = copy.deepcopy(session.model)
+            for layer, ranks in self._plan(layers, bases, ratio * highest).items():
+                model = replace_everywhere(model, layer, outline(layers[layer], ranks))
+            return self._cost(session, model, name)
+
+        scales = []
+        for name in limits:
+            target = session.budget.absolute(name, self._cost(session, session.original, name))
+            assert target is not None
+            ratio = smallest_ratio(lambda ratio: cost(ratio, name), target, highest=1.0, name=name)  # noqa: B023
+            scales.append(ratio * highest)
+        return max(scales)
+
+    @staticmethod
+    def _cost(session: Session, model: nn.Module, name: str) -> float:
+        if name == "params":
+            return parameter_count(model)
+        return count_macs(model, session.example_input, session.task.outputs).total

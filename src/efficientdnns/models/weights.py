@@ -1,0 +1,73 @@
+"""Weights from files, without pickle."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientdnns.errors import ModelError
+
+
+def load_weights_into(model: nn.Module, file: str | Path) -> None:
+    """Fill ``model`` with the weights in ``file``: safetensors, or a torch checkpoint that holds tensors alone.
+
+    A checkpoint may hold them under ``state_dict`` or ``model``, and their names may begin with ``module.``. Every
+    tensor must have its place and its shape; only batch-norm's ``num_batches_tracked`` may be absent on either side.
+    Raises `ModelError`, with the model as it was, if the file cannot be read, or with the names that are missing,
+    unexpected or of another shape.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ModelError(f"there is no weights file {path}; give a .safetensors file or a torch checkpoint")
+    given = _without_prefix(_read(path))
+    own = model.state_dict()
+    missing = [name for name in own if name not in given and not _counter(name)]
+    unexpected = [name for name in given if name not in own and not _counter(name)]
+    reshaped = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    listed = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for what, names in faults if names
+    ]
+    if listed:
+        raise ModelError(f"{path} does not fit the model: {'; '.join(listed)}; give the weights of this architecture")
+    model.load_state_dict({name: given.get(name, value) for name, value in own.items()})
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from efficientdnns.coding import load_weights
+
+        return load_weights(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = "it holds more than tensors" if "weights_only" in str(error).lower() else reason
+        raise ModelError(
+            f"{path} is no checkpoint of tensors ({reason}); save model.state_dict(), or safetensors"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"{path} holds no state dict (names to tensors); save model.state_dict() and load that")
+    return dict(content)
+
+
+def _without_prefix(weights: dict[str, Any]) -> dict[str, Tensor]:
+    if weights and all(name.startswith("module.") for name in weights):
+        return {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
+
+
+def _counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")

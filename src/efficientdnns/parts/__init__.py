@@ -1,0 +1,1 @@
+"""Parts that many methods share: scores, projections, gates, quantizers, taps and connectors."""

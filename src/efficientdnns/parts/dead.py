@@ -1,0 +1,77 @@
+"""Removing what zeros have switched off already: channels that nothing reads or that are always zero, unread inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientdnns.surgery import ChannelGraph, Group, narrow_input, remove, zero_contributions
+
+
+def remove_dead_channels(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """Remove every channel that contributes nothing, and then those that fed only such channels.
+
+    A channel is dead if all weights that read it are zero, or if all weights and biases that make it are zero and the
+    network gives the same outputs without it (it does not where an activation turns 0 into something else). At least
+    one channel of every group stays.
+
+    Returns:
+        A new network with the same outputs, or ``model`` itself where nothing is dead.
+    """
+    while True:
+        graph = ChannelGraph.trace(model, example_inputs)
+        selection = {
+            group.name: units for group in graph.groups if len(units := _dead(model, group, graph, example_inputs))
+        }
+        if not selection:
+            return model
+        model = remove(model, example_inputs, selection, graph)
+
+
+def remove_dead_inputs(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Drop the inputs of the named linear layers that only meet zero weights; a selection takes their place in front.
+
+    Returns:
+        A new network with the same outputs, or ``model`` itself where nothing is dead. Other layers and missing names
+        are passed over, and one input always stays.
+    """
+    for name in names:
+        layer = dict(model.named_modules()).get(name)
+        if isinstance(layer, nn.Linear):
+            read = layer.weight.detach().abs().amax(0) > 0
+            read[0] |= not read.any()
+            if not read.all():
+                model = narrow_input(model, name, read.nonzero().flatten())
+    return model
+
+
+def _dead(model: nn.Module, group: Group, graph: ChannelGraph, example_inputs: Any) -> Tensor:
+    sizes = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
+    roles = {member.role for member in group.members}
+    dead = torch.zeros(group.size, dtype=torch.bool)
+    if "in" in roles:
+        dead |= (group.reduce(sizes, ("in",)) == 0).cpu()
+    if "out" in roles:
+        silent = (group.reduce(sizes, ("out", "vector")) == 0).cpu() & ~dead
+        if silent.any() and _without(model, group, silent, graph, example_inputs):
+            dead |= silent
+    if dead.all():
+        dead[0] = False
+    return dead.nonzero().flatten()
+
+
+@torch.no_grad()
+def _without(model: nn.Module, group: Group, units: Tensor, graph: ChannelGraph, example_inputs: Any) -> bool:
+    """Whether the network gives the same outputs where nothing reads these units."""
+    chosen = units.nonzero().flatten()
+    if len(chosen) == group.size:
+        chosen = chosen[1:]
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    cut = zero_contributions(model, {group.name: chosen}, graph).eval()
+    was_training = model.training
+    expected, got = model.eval()(*inputs), cut(*inputs)
+    model.train(was_training)
+    return isinstance(expected, Tensor) and torch.allclose(expected, got, rtol=1e-5, atol=1e-6)

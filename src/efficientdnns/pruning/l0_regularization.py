@@ -1,0 +1,331 @@
+"""L0 regularization: stochastic gates on neurons and filters learn, in one run, which of them the network needs.
+
+The expected number of non-zero parameters is penalised directly; what has closed is removed at the end.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from efficientdnns.errors import ConfigurationError
+from efficientdnns.measurement.macs import count_macs
+from efficientdnns.method import Paper, TrainingMethod
+from efficientdnns.parts.dead import remove_dead_channels, remove_dead_inputs
+from efficientdnns.parts.gate import HardConcrete
+from efficientdnns.parts.select import by_pattern, layer_weights
+from efficientdnns.surgery import ChannelGraph
+from efficientdnns.training import Callback, ExponentialMovingAverage, Trainer
+
+if TYPE_CHECKING:
+    from efficientdnns.session import Session
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass
+class Gated:
+    """A layer whose groups of weights have gates.
+
+    Attributes:
+        name: path of the linear layer (gates on its inputs) or convolution (gates on its output maps).
+        layer: the layer itself.
+        host: the module that carries the gates: the layer, or the batch norm behind a convolution.
+        strength: what an open parameter costs, times the number of training samples.
+    """
+
+    name: str
+    layer: nn.Linear | nn.modules.conv._ConvNd
+    host: nn.Module
+    strength: float
+
+    @property
+    def gate(self) -> HardConcrete:
+        """The gates."""
+        gate = self.host.gate
+        assert isinstance(gate, HardConcrete)
+        return gate
+
+    @property
+    def on_inputs(self) -> bool:
+        """Whether the gates are on inputs."""
+        return isinstance(self.layer, nn.Linear)
+
+    def group_size(self) -> int:
+        """Parameters |g| that one gate switches; a filter has its bias with it."""
+        if self.on_inputs:
+            return self.layer.weight.shape[0]
+        return self.layer.weight[0].numel() + (self.layer.bias is not None)
+
+    def squares(self) -> Tensor:
+        """Sum of squared parameters of every group."""
+        if self.on_inputs:
+            return self.layer.weight.square().sum(0)
+        squares = self.layer.weight.square().flatten(1).sum(1)
+        return squares if self.layer.bias is None else squares + self.layer.bias.square()
+
+
+def gate_inputs(module: nn.Module, inputs: tuple[Tensor, ...], per_sample: bool) -> tuple[Tensor, ...]:
+    """Forward pre-hook: multiply the features (last dimension) by ``module.gate``."""
+    x = inputs[0]
+    z = module.gate(len(x) if per_sample else None)  # type: ignore[operator]
+    return (x * (z if z.dim() == 1 else z.view(len(x), *[1] * (x.dim() - 2), -1)).to(x.dtype), *inputs[1:])
+
+
+def gate_outputs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, per_sample: bool) -> Tensor:
+    """Forward hook: multiply the channels (dimension 1) by ``module.gate``, as if filters and biases were scaled."""
+    z = module.gate(len(output) if per_sample else None)  # type: ignore[operator]
+    return output * z.view(*z.shape[:-1], -1, *[1] * (output.dim() - 2)).to(output.dtype)
+
+
+def expected_l0(layers: list[Gated]) -> Tensor:
+    r"""Expected number of open parameters, :math:`\sum_g |g| P(z_g \neq 0)`."""
+    return torch.stack([item.gate.probability_open().sum() * item.group_size() for item in layers]).sum()
+
+
+def l0_penalty(layers: list[Gated], samples: int, weight_decay: float = 0.0) -> Tensor:
+    r""":math:`\sum_g P(z_g \neq 0) (\lambda |g| + \frac{wd}{2} \|w_g\|^2)` plus :math:`\frac{wd}{2}\|b\|^2`.
+
+    Args:
+        layers: the gated layers; their ``strength`` is :math:`\lambda N`.
+        samples: N, the size of the training set.
+        weight_decay: wd, the coefficient in force (not divided by N).
+    """
+    terms = []
+    for item in layers:
+        cost: Tensor | float = item.strength / samples * item.group_size()
+        if weight_decay:
+            cost = cost + weight_decay / 2 * item.squares()
+            if item.on_inputs and item.layer.bias is not None:
+                terms.append(weight_decay / 2 * item.layer.bias.square().sum())
+        terms.append((item.gate.probability_open() * cost).sum())
+    return torch.stack(terms).sum()
+
+
+class L0Regularization(TrainingMethod):
+    r"""L0 regularization, `Louizos et al., 2018 <https://arxiv.org/abs/1712.01312>`_.
+
+    Every group g of weights (an input of a linear layer, an output map of a convolution) is multiplied by a hard
+    concrete gate :math:`z_g \in [0, 1]` (`efficientdnns.parts.gate.HardConcrete`) with a learned :math:`\log\alpha_g`:
+
+    .. math::
+        \frac{1}{N} \sum_i L(h(x_i; \theta z), y_i) + \sum_g P(z_g \neq 0)
+        \Big(\lambda |g| + \frac{wd}{2} \|\theta_g\|^2\Big), \qquad
+        P(z_g \neq 0) = \sigma\Big(\log\alpha_g - \beta \log\frac{-\gamma}{\zeta}\Big)
+
+    One sample of the gates a batch; at test time :math:`\hat z`. At the end the gates are folded into the weights and
+    what is closed is removed: neurons and filters with all that reads them, single inputs by a selection in front of
+    the layer. The report has the open gates of each layer, the expected number of parameters and the expected FLOPs
+    (:math:`2\, \mathrm{MACs} \cdot \overline{P}` of a layer).
+
+    Which layers: all linear ones, and the convolutions whose output maps no other layer adds to (of a residual block
+    the first ones); with a mapping for ``strength`` exactly those that it names. Behind a convolution's batch norm the
+    gates act on its output, for it would undo a scale in front.
+
+    Deviations:
+        The bias of a filter is gated with it and costs as much as a weight (the released code drops it in training and
+        rewards it in the penalty). ``weight_decay`` is the coefficient in force in every layer (the released LeNet-5
+        divides it by N). ``gate_learning_rate`` is ours; larger than the learning rate it closes gates in fewer epochs.
+        A trained network is tuned as it is unless ``from_scratch``, which the paper always does.
+    """
+
+    paper: ClassVar[Paper | None] = Paper(
+        id="l0-regularization",
+        title="Learning Sparse Neural Networks through L0 Regularization",
+        authors="Christos Louizos, Max Welling, Diederik P. Kingma",
+        venue="ICLR",
+        year=2018,
+        url="https://arxiv.org/abs/1712.01312",
+    )
+    kind: ClassVar[str] = "pruning"
+    contract_fields: ClassVar[dict[str, Any]] = {
+        "epochs": 2, "strength": 0.002, "gate_learning_rate": 0.5, "ema_decay": 0.9, "learning_rate": 0.01
+    }  # fmt: skip
+
+    epochs: Annotated[int, Field(ge=0)] = 200
+    """Epochs of the run."""
+    strength: NonNegativeFloat | dict[str, NonNegativeFloat] = 0.1
+    """lambda N, one number or by name pattern: the paper's 0.1 is for N = 60,000; with fewer samples take less."""
+    drop_rate: Share | dict[str, Share] = 0.5
+    """Initial probability p that a gate is low, one number or by name pattern (0.5 where none fits); 0.2 to 0.5."""
+    temperature: Share = 2 / 3
+    """beta of the hard concrete distribution."""
+    gamma: Annotated[float, Field(lt=0)] = -0.1
+    """Lower end of the stretched interval."""
+    zeta: Annotated[float, Field(gt=1)] = 1.1
+    """Upper end of the stretched interval."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """wd: L2 coefficient in the penalty, weighted by the gates; the optimizer itself decays nothing."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the average of all parameters that is validated and handed over; 0 takes the last ones."""
+    gate_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the gates; None: the same as the weights'."""
+    per_sample: bool = False
+    """Draw the gates for every sample instead of for every batch."""
+    from_scratch: bool = False
+    """Start from fresh weights: normal with variance 2 / fan-in, biases zero."""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "weight_decay": 0.0}
+
+    def check(self, session: Session) -> None:
+        super().check(session)
+        self.hosts(session.model, session.example_input)
+
+    def prepare(self, session: Session) -> None:
+        if self.from_scratch:
+            for module in session.model.modules():
+                if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+
+    def callback(self, session: Session) -> Callback:
+        return L0(self, session)
+
+    def hosts(self, model: nn.Module, example_input: Any) -> dict[str, tuple[str, float]]:
+        """For each layer that gets gates the module that carries them and its strength.
+
+        Raises:
+            ConfigurationError: a pattern fits no layer, or no layer can be gated.
+        """
+        graph = ChannelGraph.trace(model, example_input)
+        alone = {n for group in graph.groups if len(names := graph.producers(group)) == 1 for n in names}
+        hosts: dict[str, str] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                hosts[name] = name
+            elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1 and not module.transposed:
+                hosts[name] = graph.batch_norm_after(name) or name
+        # A batch norm without scale and shift has nothing to fold the gates into.
+        hosts = {n: h for n, h in hosts.items() if getattr(model.get_submodule(h), "weight", None) is not None}
+        if isinstance(self.strength, dict):
+            strengths = by_pattern(self.strength, hosts, f"{self.name}: strength")
+        else:
+            kept = [n for n in hosts if n in alone or isinstance(model.get_submodule(n), nn.Linear)]
+            strengths = dict.fromkeys(kept, self.strength)
+        if not strengths:
+            raise ConfigurationError(f"{self.name}: {type(model).__name__} has no linear layer or convolution to gate")
+        return {name: (hosts[name], value) for name, value in strengths.items()}
+
+
+class L0(Callback):
+    """The run: gates in the forward pass, their price in the loss, an average of everything for the hand-over."""
+
+    structural = True
+
+    def __init__(self, method: L0Regularization, session: Session) -> None:
+        self.method, self.session = method, session
+        self.layers: list[Gated] = []
+        self.plain: list[nn.Parameter] = []
+        self.handles: list[RemovableHandle] = []
+        self.average: ExponentialMovingAverage | None = None
+
+    def setup(self, trainer: Trainer) -> None:
+        m, model = self.method, trainer.model
+        hosts = m.hosts(model, self.session.example_input)
+        given = m.drop_rate if isinstance(m.drop_rate, dict) else {"*": m.drop_rate}
+        rates = by_pattern(given, hosts, f"{m.name}: drop_rate")
+        for name, (host_name, strength) in hosts.items():
+            layer, host = model.get_submodule(name), model.get_submodule(host_name)
+            assert isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
+            size = layer.in_features if isinstance(layer, nn.Linear) else layer.out_channels
+            gate = HardConcrete(size, rates.get(name, 0.5), m.temperature, m.gamma, m.zeta)
+            host.add_module("gate", gate.to(trainer.device))
+            self.layers.append(Gated(name, layer, host, strength))
+            if isinstance(layer, nn.Linear):
+                self.handles.append(host.register_forward_pre_hook(partial(gate_inputs, per_sample=m.per_sample)))
+            else:
+                self.handles.append(host.register_forward_hook(partial(gate_outputs, per_sample=m.per_sample)))
+        gated = {id(item.layer) for item in self.layers}
+        self.plain = [
+            p
+            for module in model.modules()
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.RNNBase) and id(module) not in gated
+            for p in module.parameters(recurse=False)
+        ]
+        if m.ema_decay:
+            self.average = ExponentialMovingAverage(model.named_parameters(), m.ema_decay)
+
+    def parameter_groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+        if self.method.gate_learning_rate is None:
+            return []
+        return [{"params": [item.gate.log_alpha for item in self.layers], "lr": self.method.gate_learning_rate}]
+
+    def penalty(self, trainer: Trainer) -> Tensor:
+        decay = self.method.weight_decay
+        penalty = l0_penalty(self.layers, trainer.samples, decay)
+        if decay and self.plain:
+            penalty = penalty + decay / 2 * torch.stack([p.square().sum() for p in self.plain]).sum()
+        return penalty
+
+    def after_step(self, trainer: Trainer) -> None:
+        for item in self.layers:
+            item.gate.clamp()
+        if self.average is not None:
+            self.average.update()
+
+    def validation(self, trainer: Trainer) -> AbstractContextManager[None]:
+        return self.average.applied() if self.average is not None else nullcontext()
+
+    def finish(self, trainer: Trainer) -> None:
+        if self.average is not None:
+            self.average.copy_to_parameters()
+        example = self.session.example_input
+        for handle in self.handles:
+            handle.remove()
+        self._report(trainer)
+        self._fold()
+        trainer.model = remove_dead_channels(trainer.model, example)
+        trainer.model = remove_dead_inputs(trainer.model, [item.name for item in self.layers])
+        # Where closed groups could not be removed, and under the new names of layers that were sparse before.
+        self.session.sparse.update(name for name, weight in layer_weights(trainer.model).items() if not weight.all())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.average.state_dict() if self.average is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.average is not None:
+            self.average.load_state_dict(state)
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Multiply the test-time gates into the weights and take the gates out."""
+        for item in self.layers:
+            z, layer = item.gate.deterministic(), item.layer
+            parts: list[tuple[Any, Tensor]]
+            del item.host.gate
+            if item.on_inputs:
+                parts = [(layer.weight, z)]
+            else:
+                rows = z.view(-1, *[1] * (layer.weight.dim() - 1))
+                # Filters of closed gates go too where a batch norm carries the gates: it alone would leave them.
+                parts = [(layer.weight, rows if item.host is layer else (rows > 0).to(z.dtype)), (item.host.bias, z)]
+                parts += [] if item.host is layer else [(item.host.weight, z)]
+            for parameter, factors in parts:
+                if parameter is not None:
+                    parameter.mul_(factors).add_(0.0)  # no -0.0
+
+    @torch.no_grad()
+    def _report(self, trainer: Trainer) -> None:
+        task = self.session.task
+        # Counted with the gates in place but at work nowhere: the hooks are gone.
+        macs = count_macs(trainer.model, task.example_input, task.outputs).by_module
+        flops = {name: 2.0 * count for name, count in macs.items()}
+        for item in self.layers:
+            flops[item.name] = flops.get(item.name, 0.0) * float(item.gate.probability_open().mean())
+        self.session.report(
+            open={
+                item.name: [int(item.gate.deterministic().count_nonzero()), len(item.gate.log_alpha)]
+                for item in self.layers
+            },
+            expected_l0=float(expected_l0(self.layers)),
+            expected_flops=sum(flops.values()),
+        )
