@@ -56,7 +56,9 @@ def ours(task: ed.Task, method: TrainingMethod) -> Callable[[], float]:
         session = Session(model=model, task=task, original=ed.models.build("lenet5").eval(), settings=settings)
         method.prepare(session)
         callbacks = [method.callback(session)]
-        session.train(callbacks, epochs=1, validate=False, **{**method.settings(), "batch_size": BATCH, "optimizer": "sgd"})
+        session.train(
+            callbacks, epochs=1, validate=False, **{**method.settings(), "batch_size": BATCH, "optimizer": "sgd"}
+        )
         return session.history[-1]["seconds"]
 
     return run
@@ -79,7 +81,13 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, run in arms.items():
             seconds[name].append(run())
-    table = Table("arm", "reference", "median ratio", "spread", title=f"LeNet-5, {options.steps} steps of {BATCH}, {options.rounds} rounds")
+    table = Table(
+        "arm",
+        "reference",
+        "median ratio",
+        "spread",
+        title=f"LeNet-5, {options.steps} steps of {BATCH}, {options.rounds} rounds",
+    )
     for name in arms:
         if name == "by hand":
             continue

@@ -73,7 +73,8 @@ FACTORY = """
 import torch
 from torch import nn
 def net(num_classes=3):
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 7 * 7, num_classes))
+    head = nn.Linear(8 * 7 * 7, num_classes)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), head)
 """
 
 
@@ -89,8 +90,16 @@ def test_a_network_and_a_data_folder_of_the_users_own(cli, tmp_path) -> None:
                 image.fromarray(pixels).save(folder / f"{i}.png")
     (tmp_path / "net.py").write_text(FACTORY)
     out = tmp_path / "out"
-    code, text, err = cli(
-        *("compress", "--model", f"{tmp_path}/net.py:net", "--task", tmp_path / "data", "--method", "fit:epochs=12,batch_size=16"),
+    code, _, err = cli(
+        *(
+            "compress",
+            "--model",
+            f"{tmp_path}/net.py:net",
+            "--task",
+            tmp_path / "data",
+            "--method",
+            "fit:epochs=12,batch_size=16",
+        ),
         *("--method", "nisp:pruning_ratio=0.5", "--method", "fit:epochs=1", "--out", out, "--quiet"),
     )
     assert code == 0, err
@@ -108,9 +117,18 @@ def test_a_network_and_a_data_folder_of_the_users_own(cli, tmp_path) -> None:
         (["--model", "lenet5", "--task", "digits", "--method", "nisp:ratio=0.2"], "no field 'ratio'"),
         (["--model", "lenet6", "--task", "digits", "--method", "nisp"], "did you mean 'lenet5'"),
         (["--model", "lenet5", "--task", "digit", "--method", "nisp"], "digits"),
-        (["--model", "lenet5", "--task", "digits", "--method", "nisp", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--model", "lenet5", "--task", "digits", "--method", "nisp", "--budget", "mac=1"], "no budget is called 'mac'"),
-        (["--model", "lenet5", "--task", "digits", "--method", "lsuv", "--budget", "macs=0.5"], "budget 'macs' cannot be solved"),
+        (
+            ["--model", "lenet5", "--task", "digits", "--method", "nisp", "--weights", "nowhere.safetensors"],
+            "nowhere.safetensors",
+        ),
+        (
+            ["--model", "lenet5", "--task", "digits", "--method", "nisp", "--budget", "mac=1"],
+            "no budget is called 'mac'",
+        ),
+        (
+            ["--model", "lenet5", "--task", "digits", "--method", "lsuv", "--budget", "macs=0.5"],
+            "budget 'macs' cannot be solved",
+        ),
         (["--model", "nowhere.py:net", "--task", "digits", "--method", "nisp"], "nowhere.py"),
         (["--model", "cifar-resnet20", "--task", "digits", "--method", "nisp"], "1"),
         (["--model", "lenet5", "--task", "digits", "--method", "nisp", "--device", "tpu"], "device is 'tpu'"),
@@ -119,7 +137,7 @@ def test_a_network_and_a_data_folder_of_the_users_own(cli, tmp_path) -> None:
 )
 def test_user_errors_are_one_line_with_exit_code_2_and_nothing_written(cli, tmp_path, arguments, message) -> None:
     out = tmp_path / "out"
-    code, stdout, err = cli("compress", *arguments, "--out", out)
+    code, _, err = cli("compress", *arguments, "--out", out)
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1, err
@@ -145,5 +163,7 @@ def test_help_lists_the_verbs() -> None:
 
 
 def test_python_dash_m_works() -> None:
-    out = subprocess.run([sys.executable, "-m", "efficientdnns", "methods"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "efficientdnns", "methods"], capture_output=True, text=True, check=True
+    ).stdout
     assert "nisp" in out

@@ -56,7 +56,9 @@ def test_errors_name_the_line(old, new, message) -> None:
     assert str(error.value).startswith("r.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "just text", "- a\n- b", "a: [", "model: !!python/object/apply:os.system ['true']"])
+@pytest.mark.parametrize(
+    "text", ["", "just text", "- a\n- b", "a: [", "model: !!python/object/apply:os.system ['true']"]
+)
 def test_what_is_no_recipe_is_refused(text) -> None:
     with pytest.raises(ed.ConfigurationError):
         Recipe.parse(text)

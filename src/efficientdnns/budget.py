@@ -44,7 +44,9 @@ class Budget(BaseModel):
             first = error.errors()[0]
             where = str(first["loc"][0])
             if first["type"] == "extra_forbidden":
-                raise ConfigurationError(f"no budget is called '{where}'{suggest(where, type(self).model_fields)}") from None
+                raise ConfigurationError(
+                    f"no budget is called '{where}'{suggest(where, type(self).model_fields)}"
+                ) from None
             raise ConfigurationError(
                 f"budget {where} is {first['input']!r}, expected a share in (0, 1] or a size such as 20M, 100kB or 3ms"
             ) from None
@@ -98,7 +100,9 @@ def _amount(profile: Profile, name: str) -> float:
     return float({"macs": profile.macs, "params": profile.nonzero_params, "bytes": profile.bytes}[name] or 0)
 
 
-def smallest_ratio(cost: Callable[[float], float], target: float, *, highest: float = 0.99, name: str = "macs") -> float:
+def smallest_ratio(
+    cost: Callable[[float], float], target: float, *, highest: float = 0.99, name: str = "macs"
+) -> float:
     """The smallest pruning ratio in [0, ``highest``] with ``cost(ratio) <= target``, by bisection on a falling cost.
 
     Raises:

@@ -28,7 +28,10 @@ app = typer.Typer(
 console = Console()
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="built-in name, torchvision:NAME, timm:NAME, path/to/file.py:factory, or a saved result")
+    str,
+    typer.Option(
+        "--model", help="built-in name, torchvision:NAME, timm:NAME, path/to/file.py:factory, or a saved result"
+    ),
 ]
 WeightsOption = Annotated[str | None, typer.Option(help="safetensors file or weights-only checkpoint")]
 TaskOption = Annotated[str, typer.Option("--task", help="data set name, folder, parquet file, or file.py:factory")]
@@ -38,24 +41,34 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto")
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress")]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted in the same folder")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="go on with a run that was interrupted in the same folder")
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--training", help="training setting NAME=VALUE, e.g. learning_rate=0.01 (repeatable)")
+    list[str] | None,
+    typer.Option("--training", help="training setting NAME=VALUE, e.g. learning_rate=0.01 (repeatable)"),
 ]
 
 
 @app.command("methods")
 def methods_command(
-    kind: Annotated[str | None, typer.Option(help="only methods of this kind")] = None, json: JsonOption = False
+    kind: Annotated[str | None, typer.Option(help="only methods of this kind")] = None,
+    json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="a Markdown table by kind, as in the README")] = False,
 ) -> None:
     """List the published methods."""
     cards = [registry.card(m) for m in registry.methods(kind)]
     if json:
         print_json(cards)
         return
+    if markdown:
+        typer.echo(methods_markdown(cards))
+        return
     table = Table("id", "kind", "title", "venue", "needs")
     for card in cards:
-        table.add_row(card["id"], card["kind"], card["title"], f"{card['venue']} {card['year']}", ", ".join(card["needs"]))
+        table.add_row(
+            card["id"], card["kind"], card["title"], f"{card['venue']} {card['year']}", ", ".join(card["needs"])
+        )
     console.print(table)
 
 
@@ -70,7 +83,10 @@ def show(name: Annotated[str, typer.Argument(metavar="METHOD")], json: JsonOptio
     if json:
         print_json({**card, "recorded": results})
         return
-    console.print(f"[bold]{card['title']}[/bold]\n{card['authors']}, {card['venue']} {card['year']}\n{card['url']}\n", highlight=False)
+    console.print(
+        f"[bold]{card['title']}[/bold]\n{card['authors']}, {card['venue']} {card['year']}\n{card['url']}\n",
+        highlight=False,
+    )
     console.print(card["doc"], markup=False, highlight=False)
     table = Table("field", "type", "range", "default", "meaning", title="Fields", title_justify="left")
     for field in card["fields"]:
@@ -107,7 +123,9 @@ def fit(
 def compress_command(
     model: ModelOption,
     task: TaskOption,
-    method: Annotated[list[str], typer.Option("--method", help="ID[:field=value,...]; A+B share one training run (repeatable)")],
+    method: Annotated[
+        list[str], typer.Option("--method", help="ID[:field=value,...]; A+B share one training run (repeatable)")
+    ],
     out: OutOption,
     budget: Annotated[str | None, typer.Option(help="limits such as macs=0.5,bytes=100kB")] = None,
     weights: WeightsOption = None,
@@ -162,7 +180,9 @@ def measure_command(
         table.add_row(name.replace("_", " "), "-" if value is None else f"{value:,}")
     if profile.latency_ms:
         x = profile.latency_ms
-        table.add_row(f"latency (ms, {x.runtime}, batch {x.batch})", f"{x.median:.3f} (p10 {x.p10:.3f}, p90 {x.p90:.3f})")
+        table.add_row(
+            f"latency (ms, {x.runtime}, batch {x.batch})", f"{x.median:.3f} (p10 {x.p10:.3f}, p90 {x.p90:.3f})"
+        )
     console.print(table)
 
 
@@ -186,9 +206,13 @@ def reproduce_command(
     if json:
         print_json(results)
         return
-    table = Table("run", "seed", "paper", "ours", "seconds", title=f"{name}{' (smoke)' if smoke else ''}", title_justify="left")
+    table = Table(
+        "run", "seed", "paper", "ours", "seconds", title=f"{name}{' (smoke)' if smoke else ''}", title_justify="left"
+    )
     for result in results:
-        table.add_row(result["run"], str(result["seed"]), result["paper_text"], result["ours_text"], f"{result['seconds']:.0f}")
+        table.add_row(
+            result["run"], str(result["seed"]), result["paper_text"], result["ours_text"], f"{result['seconds']:.0f}"
+        )
     console.print(table)
 
 
@@ -211,7 +235,14 @@ def _recipe(
 
 
 def execute(
-    recipe: Recipe, out: Path, resume: bool, seed: int | None, device: str | None, threads: int | None, quiet: bool, json: bool
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    seed: int | None,
+    device: str | None,
+    threads: int | None,
+    quiet: bool,
+    json: bool,
 ) -> None:
     """Run a recipe and print its table or its report."""
     result = run(recipe, out, resume=resume, seed=seed, device=device, threads=threads, quiet=quiet or json)
@@ -220,6 +251,15 @@ def execute(
     else:
         console.print(result.table())
         console.print(f"written to {out}", highlight=False)
+
+
+def methods_markdown(cards: list[dict[str, Any]]) -> str:
+    """The table of methods by kind."""
+    lines = ["| kind | method | paper |", "|---|---|---|"]
+    for kind in registry.KINDS:
+        for card in (c for c in cards if c["kind"] == kind):
+            lines.append(f"| {kind} | `{card['id']}` | [{card['title']}]({card['url']}), {card['venue']} {card['year']} |")
+    return "\n".join(lines)
 
 
 def print_json(data: Any) -> None:

@@ -106,6 +106,7 @@ def compress(
     session.model = session.model.to("cpu").eval()
     for parameter in session.model.parameters():
         parameter.grad = None
+        parameter.data += 0.0  # a mask leaves -0.0 behind, which is a value of its own to a bit-exact file
 
     pair = [session.original.to("cpu"), session.model]
     profiles, latencies = profile_many(pair, task, codecs=[None, session.codecs], latency=latency, threads=threads)
@@ -123,7 +124,9 @@ def compress(
         seed=seed,
         environment=environment(),
         history=session.history,
-        speedup=None if gain is None else {"ratio": gain.ratio, "low": gain.low, "high": gain.high, "significant": gain.significant},
+        speedup=None
+        if gain is None
+        else {"ratio": gain.ratio, "low": gain.low, "high": gain.high, "significant": gain.significant},
     )
     return Result(
         session.model,
@@ -144,7 +147,9 @@ def check(session: Session, steps: Sequence[Method]) -> None:
     for name in session.budget.limits():
         if name not in solvable:
             able = ", ".join(sorted(member.name for member in members)) or "no method"
-            raise ConfigurationError(f"budget '{name}' cannot be solved for by {able}; choose a method with that budget or drop it")
+            raise ConfigurationError(
+                f"budget '{name}' cannot be solved for by {able}; choose a method with that budget or drop it"
+            )
     check_fits(session.model, session.task)
     describe_structure(session.model, session.original)
     for step in steps:

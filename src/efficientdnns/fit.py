@@ -63,7 +63,7 @@ def make_accelerator(device: str | None = None, mixed_precision: str = "no") -> 
     """The devices and processes of a run: what `accelerate launch` set up, else one GPU, else the CPU; or ``device``."""
     if device not in (None, "auto", "cpu", "cuda", "mps"):
         raise ConfigurationError(f"device is '{device}', expected one of auto, cpu, cuda, mps")
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    there: dict[str | None, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device in there and not there[device]():
         raise ConfigurationError(f"device '{device}' is not available on this machine; write cpu or auto")
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)

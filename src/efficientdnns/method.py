@@ -38,7 +38,7 @@ KINDS = (
     "interpretation",
     "applications",
 )
-_REGISTRY: dict[str, "type[Method]"] = {}
+_REGISTRY: dict[str, type[Method]] = {}
 
 Need = Literal["labels", "training data", "calibration data", "teacher"]
 
@@ -69,7 +69,11 @@ class Method(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
     )
 
     paper: ClassVar[Paper | None] = None
@@ -111,7 +115,9 @@ class Method(BaseModel):
     def fields_as_data(self) -> dict[str, Any]:
         """The fields as plain data, as they stand in a recipe and in ``report.json``."""
         return {
-            key: value if isinstance(value, str | int | float | bool | list | dict | tuple | None) else type(value).__name__
+            key: value
+            if isinstance(value, str | int | float | bool | list | dict | tuple | None)
+            else type(value).__name__
             for key, value in self.model_dump().items()
         }
 

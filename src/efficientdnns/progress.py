@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 
@@ -69,7 +76,9 @@ class Progress:
         left = entry["seconds"] * (epochs - entry["epoch"])
         skipped = ("run", "epoch", "seconds", "split", "learning_rate")
         values = " · ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in skipped)
-        self.console.print(f"{entry['run']}: epoch {entry['epoch']}/{epochs} · {values} · eta {left:.0f} s", highlight=False)
+        self.console.print(
+            f"{entry['run']}: epoch {entry['epoch']}/{epochs} · {values} · eta {left:.0f} s", highlight=False
+        )
 
     def say(self, text: str) -> None:
         """One line to the person."""

@@ -11,7 +11,7 @@ import yaml
 
 from efficientdnns.budget import Budget
 from efficientdnns.errors import ConfigurationError, EfficientDNNsError, suggest
-from efficientdnns.method import Method, Together, get
+from efficientdnns.method import Method, Together, TrainingMethod, get
 from efficientdnns.training import TrainingSettings
 
 SCHEMA_VERSION = 1
@@ -54,15 +54,21 @@ class Recipe:
         top = _mapping(node, source, "a recipe is a mapping with the keys model, task and methods")
         for key in top:
             if key not in KEYS:
-                raise ConfigurationError(f"{source} line {top[key][0]}: a recipe has no key '{key}'{suggest(key, KEYS)}")
+                raise ConfigurationError(
+                    f"{source} line {top[key][0]}: a recipe has no key '{key}'{suggest(key, KEYS)}"
+                )
         for key in ("model", "task", "methods"):
             if key not in top:
-                raise ConfigurationError(f"{source} line {_line(node)}: the recipe lacks '{key}'; write e.g. {_EXAMPLES[key]}")
+                raise ConfigurationError(
+                    f"{source} line {_line(node)}: the recipe lacks '{key}'; write e.g. {_EXAMPLES[key]}"
+                )
         plain = {key: construct(value) for key, (_, value) in top.items() if key != "methods"}
         if (version := plain.get("schema", SCHEMA_VERSION)) != SCHEMA_VERSION:
             raise ConfigurationError(f"{source}: recipe schema {version} is not known, expected {SCHEMA_VERSION}")
         if not isinstance(plain.get("seed", 0), int):
-            raise ConfigurationError(f"{source} line {top['seed'][0]}: seed is {plain['seed']!r}, expected a whole number")
+            raise ConfigurationError(
+                f"{source} line {top['seed'][0]}: seed is {plain['seed']!r}, expected a whole number"
+            )
         training = _located(source, top.get("training"), lambda: TrainingSettings(**plain.get("training", {})))
         budget = _located(source, top.get("budget"), lambda: _budget(plain.get("budget", {})))
         return cls(
@@ -83,7 +89,9 @@ def compose(text: str, source: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(f"{source}{line}: this is no YAML ({getattr(error, 'problem', None) or error})") from None
+        raise ConfigurationError(
+            f"{source}{line}: this is no YAML ({getattr(error, 'problem', None) or error})"
+        ) from None
 
 
 def construct(node: yaml.Node) -> Any:
@@ -100,7 +108,9 @@ def construct(node: yaml.Node) -> Any:
 def parse_methods(node: yaml.Node, source: str) -> list[Method]:
     """Read the list of methods."""
     if not isinstance(node, yaml.SequenceNode):
-        raise ConfigurationError(f"{source} line {_line(node)}: methods is a list; write one '- METHOD: {{field: value}}' a line")
+        raise ConfigurationError(
+            f"{source} line {_line(node)}: methods is a list; write one '- METHOD: {{field: value}}' a line"
+        )
     return [_method(item, source) for item in node.value]
 
 
@@ -137,7 +147,9 @@ def _method(node: yaml.Node, source: str) -> Method:
     elif isinstance(node, yaml.MappingNode) and len(node.value) == 1:
         name, value = node.value[0][0].value, node.value[0][1]
     else:
-        raise ConfigurationError(f"{source} line {_line(node)}: a method is one key with its fields; write '- METHOD: {{field: value}}'")
+        raise ConfigurationError(
+            f"{source} line {_line(node)}: a method is one key with its fields; write '- METHOD: {{field: value}}'"
+        )
 
     def build() -> Method:
         if name == "together":
@@ -155,12 +167,14 @@ def _method(node: yaml.Node, source: str) -> Method:
 
 
 def _together(members: Sequence[Method]) -> Method:
-    from efficientdnns.method import TrainingMethod
-
+    training: list[TrainingMethod] = []
     for member in members:
         if not isinstance(member, TrainingMethod):
-            raise ConfigurationError(f"{member.name} does not act during training and cannot share a run; give it a step of its own")
-    return Together(methods=tuple(members))
+            raise ConfigurationError(
+                f"{member.name} does not act during training and cannot share a run; give it a step of its own"
+            )
+        training.append(member)
+    return Together(methods=tuple(training))
 
 
 def _mapping(node: yaml.Node | None, source: str, expected: str) -> dict[str, tuple[int, yaml.Node]]:

@@ -55,7 +55,9 @@ def reproduce_all(
     definition = yaml.safe_load(path.read_text())
     runs = [r for r in definition["runs"] if only in (None, r["name"])]
     if not runs:
-        raise ConfigurationError(f"{name} has no run '{only}'{suggest(only or '', [r['name'] for r in definition['runs']])}")
+        raise ConfigurationError(
+            f"{name} has no run '{only}'{suggest(only or '', [r['name'] for r in definition['runs']])}"
+        )
     results = []
     for item in runs:
         content = {**item["recipe"], **(item.get("smoke", {}) if smoke else {})}
@@ -63,7 +65,9 @@ def reproduce_all(
         for seed in [0] if smoke else item.get("seeds", [0]):
             started = time.perf_counter()
             target = out / name / ("smoke" if smoke else "full") / f"{item['name']}-{seed}"
-            result = run(recipe, target, resume=resume, seed=seed, device=device, threads=threads, quiet=quiet, latency=not smoke)
+            result = run(
+                recipe, target, resume=resume, seed=seed, device=device, threads=threads, quiet=quiet, latency=not smoke
+            )
             report = result.report
             outcome = {
                 "run": item["name"],

@@ -103,7 +103,10 @@ class Result:
         metric = before.metric
         change = after.metric.value - metric.value
         table.add_row(
-            f"{metric.name} ({metric.split}, n = {metric.n:,})", f"{metric.value:.2f}", f"{after.metric.value:.2f}", f"{change:+.2f}"
+            f"{metric.name} ({metric.split}, n = {metric.n:,})",
+            f"{metric.value:.2f}",
+            f"{after.metric.value:.2f}",
+            f"{change:+.2f}",
         )
         rows: list[tuple[str, float | None, float | None]] = [
             ("parameters", before.params, after.params),
@@ -145,9 +148,13 @@ class Result:
         _write(directory / "structure.json", json.dumps(structure, indent=1))
         if size != self.after.bytes:
             self.report.after = self.after.model_copy(update={"bytes": size})
-        self.report.reload_exact = self._reloads_exactly(load(directory, None if structure["factory"] else self.original))
+        self.report.reload_exact = self._reloads_exactly(
+            load(directory, None if structure["factory"] else self.original)
+        )
         if not self.report.reload_exact:
-            raise ModelError(f"the network saved in {directory} does not give the same outputs again; nothing was reported")
+            raise ModelError(
+                f"the network saved in {directory} does not give the same outputs again; nothing was reported"
+            )
         _write(directory / "report.json", self.report.model_dump_json(indent=1))
         return directory
 
@@ -174,14 +181,18 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     directory = Path(directory)
     path = directory / "structure.json"
     if not path.is_file():
-        raise FileFormatError(f"{directory} holds no saved result (no structure.json in it); give the folder written by save")
+        raise FileFormatError(
+            f"{directory} holds no saved result (no structure.json in it); give the folder written by save"
+        )
     try:
         structure = json.loads(path.read_text())
         version, factory, modules = structure["schema_version"], structure["factory"], structure["modules"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise FileFormatError(f"{path} is not a structure file of this library") from None
     if version > SCHEMA_VERSION:
-        raise FileFormatError(f"{path} has schema version {version}, this library reads up to {SCHEMA_VERSION}; update it")
+        raise FileFormatError(
+            f"{path} has schema version {version}, this library reads up to {SCHEMA_VERSION}; update it"
+        )
     if "" in modules:
         reference: nn.Module = nn.Identity()
     elif model is not None:
@@ -189,7 +200,9 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     elif factory is not None:
         reference = rebuild(factory)
     else:
-        raise ModelError(f"{directory} was made from a model built by the caller; write load('{directory}', model=YourModel(...))")
+        raise ModelError(
+            f"{directory} was made from a model built by the caller; write load('{directory}', model=YourModel(...))"
+        )
     network = apply_difference(reference, structure)
     state = load_weights(directory / "model.safetensors")
     missing, unexpected = network.load_state_dict(state, strict=False)
@@ -199,7 +212,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"unexpected {unexpected[:3] or 'nothing'}; give the model it was made from"
         )
     if factory is not None:
-        network.factory = factory  # type: ignore[assignment]
+        network.factory = factory
     return network.eval()
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from efficientdnns.compress import compress
@@ -50,14 +51,19 @@ def run(
     seed = recipe.seed if seed is None else seed
     checkpoints = out / ".checkpoints"
     identity = json.dumps(
-        [recipe.model, recipe.task, [m.fields_as_data() | {"": m.name} for m in recipe.methods], seed], default=str, sort_keys=True
+        [recipe.model, recipe.task, [m.fields_as_data() | {"": m.name} for m in recipe.methods], seed],
+        default=str,
+        sort_keys=True,
     )
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"{out} is a file, expected a folder for the result; choose another --out")
     marker = checkpoints / "recipe.json"
     if resume and checkpoints.is_dir() and (not marker.is_file() or marker.read_text() != identity):
-        raise ConfigurationError(f"{out} holds checkpoints of another recipe or seed; choose another --out or leave out --resume")
+        raise ConfigurationError(
+            f"{out} holds checkpoints of another recipe or seed; choose another --out or leave out --resume"
+        )
     task = make_task(recipe.task)
+    torch.manual_seed(seed)  # the network's initial weights belong to the run
     model = make_model(recipe.model, task)
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -148,7 +148,11 @@ def test_can_be_written_in_a_recipe(method) -> None:
 
 
 def test_loads_in_a_fresh_process(trained, digits, tmp_path) -> None:
-    result = compress(trained, digits, [ed.NISP(**ed.NISP.contract_fields), ed.Int8Quantization(**ed.Int8Quantization.contract_fields)])
+    result = compress(
+        trained,
+        digits,
+        [ed.NISP(**ed.NISP.contract_fields), ed.Int8Quantization(**ed.Int8Quantization.contract_fields)],
+    )
     result.save(tmp_path)
     images = next(iter(digits.evaluation.batches(8))).inputs
     torch.save(images, tmp_path / "images.pt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from efficientdnns.distillation.knowledge_distillation import (
     soft_loss,
     soft_target_loss,
 )
+from efficientdnns.distillation.transfer_set import transfer_set
 from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.models import build
 
@@ -156,18 +156,19 @@ def test_an_ensemble_of_one_network_twice_is_that_network(session, teacher):
 
 
 def test_a_missing_class_is_recovered_by_its_bias(session, digits):
-    def recall(model: nn.Module) -> float:
+    def recall_of_threes(model: nn.Module) -> float:
         batch = digits.evaluation.take(range(200))
         threes = batch.targets == 3
         return (model(batch.inputs)[threes].argmax(1) == 3).double().mean().item()
 
-    work = session()
+    task = digits.with_(train=transfer_set(digits.train, omit_classes=(3,)))
+    work = session(task=task)
     student = {"name": "mlp", "hidden": [64]}
-    fields = {"student": student, "temperature": 4.0, "hard_weight": 0.0, "epochs": 15, "omit_classes": [3]}
+    fields = {"student": student, "temperature": 4.0, "hard_weight": 0.0, "epochs": 15}
     torch.manual_seed(0)
     fast(**fields).apply(work)
     plain = work.model
-    work = session()
+    work = session(task=task)
     torch.manual_seed(0)
     fast(correct_bias_classes=[3], **fields).apply(work)
     delta = work.findings["fit"]["bias_correction"]
@@ -176,18 +177,9 @@ def test_a_missing_class_is_recovered_by_its_bias(session, digits):
     assert moved == {"layers.3.bias"}
     assert (work.model.layers[3].bias - plain.layers[3].bias)[3].item() == pytest.approx(delta, abs=1e-5)
     assert delta > 0
-    assert recall(work.model) > recall(plain)
-
-
-def test_omitted_classes_leave_the_batch():
-    callback = fast(omit_classes=[1]).callback
-    made = callback(SimpleNamespace(teacher=lambda: None, report=None))
-    from efficientdnns.data.split import Batch
-
-    batch = made.batch(None, Batch(torch.arange(4.0), torch.tensor([0, 1, 2, 1]), torch.arange(4)))
-    assert batch.inputs.tolist() == [0.0, 2.0]
-    assert batch.targets.tolist() == [0, 2]
-    assert batch.indices.tolist() == [0, 2]
+    assert recall_of_threes(work.model) > recall_of_threes(plain)
+    found = work.findings["fit"]["calibration_recall"]
+    assert found["after"] > found["before"]
 
 
 def test_errors_come_before_work(session, digits):
@@ -195,12 +187,10 @@ def test_errors_come_before_work(session, digits):
     for fields, kind, text in (
         ({"teacher": "cifar-resnet20"}, ConfigurationError, "teacher 'cifar-resnet20' would be untrained"),
         ({"teacher": []}, ConfigurationError, "empty list"),
-        ({"omit_classes": [10]}, ConfigurationError, "expected some of the classes 0 to 9"),
+        ({"correct_bias_classes": [10]}, ConfigurationError, "expected some of the classes 0 to 9"),
     ):
         with pytest.raises(kind, match=text):
             fast(**fields).check(work)
-    with pytest.raises(DataError, match="omit_classes needs labels"):
-        fast(omit_classes=[1]).check(session(task=digits.without_labels()))
     with pytest.raises(DataError, match="labelled calibration"):
         fast(correct_bias_classes=[1]).check(session(task=digits.without_labels()))
     work.model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))

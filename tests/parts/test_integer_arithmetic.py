@@ -41,7 +41,8 @@ def test_high_mul_is_gemmlowps(a, b):
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [(INT32_MIN, INT32_MIN), (INT32_MIN, INT32_MAX), (1, 1 << 30), (-1, 1 << 30), (1, -(1 << 30)), (3, 1 << 30)]
+    ("a", "b"),
+    [(INT32_MIN, INT32_MIN), (INT32_MIN, INT32_MAX), (1, 1 << 30), (-1, 1 << 30), (1, -(1 << 30)), (3, 1 << 30)],
 )
 def test_high_mul_at_ties_and_ends(a, b):
     assert saturating_rounding_doubling_high_mul(torch.tensor(a), torch.tensor(b)) == literal_high_mul(a, b)
@@ -88,9 +89,10 @@ def test_product_is_within_one_of_the_real_one(m):
 def test_requantize_clamps_to_the_fused_activation():
     acc = torch.tensor([-1000, -10, 0, 10, 1000])
     zero = torch.tensor(-128)
-    relu = requantize(acc, torch.tensor(0.5, dtype=torch.float64), zero, -128, 127)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    relu = requantize(acc, half, zero, zero, torch.tensor(127))
     assert relu.tolist() == [-128, -128, -128, -123, 127]
-    assert requantize(acc, torch.tensor(0.5, dtype=torch.float64), zero, -128, -100).tolist() == [-128, -128, -128, -123, -100]
+    assert requantize(acc, half, zero, zero, torch.tensor(-100)).tolist() == [-128, -128, -128, -123, -100]
 
 
 def test_quantized_add_within_one_step():

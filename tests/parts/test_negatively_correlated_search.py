@@ -31,7 +31,7 @@ def test_parents_that_are_never_replaced_do_not_get_there() -> None:
         def accept(self, fitness):
             return fitness < 0
 
-    assert minimise(Released, 0).best_fitness > 20 - 6  # sampling around the start alone
+    assert minimise(Released, 0).best_fitness > 20
 
 
 def test_offspring_stay_within_the_bounds_and_the_best_is_kept() -> None:

@@ -82,7 +82,9 @@ def test_fake_quantize_is_quantize_and_dequantize(axis, bits):
 
 def test_gradient_passes_inside_the_range_and_stops_outside():
     x = torch.tensor([-3.0, -0.4, 0.3, 5.0], requires_grad=True)
-    fake_quantize(x, *scale_and_zero_point(torch.tensor(-1.0), torch.tensor(1.0), QuantSpec()), QuantSpec()).sum().backward()
+    fake_quantize(
+        x, *scale_and_zero_point(torch.tensor(-1.0), torch.tensor(1.0), QuantSpec()), QuantSpec()
+    ).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 0]
 
 

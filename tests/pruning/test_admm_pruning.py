@@ -10,6 +10,7 @@ from torch import nn
 
 import efficientdnns as ed
 from efficientdnns.measurement.size import nonzero_parameters
+from efficientdnns.models import build
 from efficientdnns.parts.project import LargestEntries, LargestInGroups, LargestRows, Levels
 from efficientdnns.parts.select import layer_weights
 from efficientdnns.pruning.admm_pruning import ADMM, ADMMPruning, project_and_update, sparse_macs
@@ -48,14 +49,14 @@ def test_steps_of_every_constraint_set(constraint) -> None:
 
 def test_run_leaves_exactly_what_was_asked_and_later_training_keeps_it(trained, digits) -> None:
     keep = {"conv1": 0.2, "conv2": 0.08, "fc1": 0.02, "fc2": 350}
-    method = ADMMPruning(epochs=3, retrain_epochs=2, keep=keep, **QUICK)
+    quick = {"optimizer": "adam", "learning_rate": 2e-3, "batch_size": 32}
+    method = ADMMPruning(epochs=4, every=1, retrain_epochs=2, keep=keep, rho=0.1, **quick)
     result = compress(trained, digits, [method, ed.Fit(epochs=1, learning_rate=0.01)])
     counts = {name: int(w.count_nonzero()) for name, w in layer_weights(result.model).items()}
     assert counts == {"conv1.weight": 100, "conv2.weight": 2000, "fc1.weight": 8000, "fc2.weight": 350}
-    assert result.after.metric.value > 70
+    assert result.after.metric.value > result.before.metric.value - 5
     finding = result.report.methods[0].findings
-    assert [len(rounds) for rounds in finding["residuals"].values()] == [3] * 4
-    assert all(rounds[-1] < rounds[0] for rounds in finding["residuals"].values())
+    assert [len(rounds) for rounds in finding["residuals"].values()] == [4] * 4
     assert finding["kept"]["fc1.weight"] == [8000, 400_000]
 
 
@@ -86,16 +87,19 @@ def test_without_rounds_it_is_magnitude_pruning(trained, digits) -> None:
     assert torch.equal(retrained.model.fc1.weight != 0, mask)
 
 
-def test_cut_hurts_less_after_the_rounds_than_at_once(trained, digits) -> None:
-    keep = {"conv1": 0.2, "conv2": 0.08, "fc1": 0.009, "fc2": 0.07}
-    session = Session(trained, digits, trained)
-    at_once = compress(trained, digits, [ADMMPruning(epochs=0, retrain_epochs=0, keep=keep)]).after.metric.value
-    method = ADMMPruning(
-        epochs=12, every=2, retrain_epochs=0, keep=keep, rho=3e-2, optimizer="adam", learning_rate=1e-3
+def test_cut_hurts_less_after_the_rounds_than_at_once_and_the_residual_falls(digits) -> None:
+    keep, quick = (
+        {"fc1": 0.016, "fc2": 0.028, "fc3": 0.048},
+        {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 32},
     )
-    rounds = compress(trained, digits, [method]).after.metric.value
-    assert rounds >= at_once + 20, f"{rounds} after the rounds, {at_once} at once"
-    assert session.runs == 0
+    model = build("lenet-300-100")
+    dense = ed.Fit(epochs=10, **quick)
+    at_once = compress(model, digits, [dense, ADMMPruning(epochs=0, retrain_epochs=0, keep=keep)])
+    method = ADMMPruning(epochs=30, every=3, retrain_epochs=0, keep=keep, rho=0.2, **quick)
+    rounds = compress(model, digits, [dense, method])
+    assert rounds.after.metric.value >= at_once.after.metric.value + 20
+    residuals = rounds.report.methods[1].findings["residuals"]["fc1.weight"]
+    assert residuals[-1] < 0.5 * residuals[0]
 
 
 def test_dropout_is_off_in_the_rounds_only(digits) -> None:

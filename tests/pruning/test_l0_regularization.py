@@ -143,7 +143,7 @@ def test_run_removes_neurons_and_their_producers(trained, digits) -> None:
     opened = result.report.methods[0].findings["open"]
     assert {name: size for name, (_, size) in opened.items()} == {"conv1": 20, "conv2": 50, "fc1": 800, "fc2": 500}
     assert opened["fc1"][0] < 600
-    assert result.after.metric.value > 70
+    assert result.after.metric.value > result.before.metric.value - 10
     assert result.after.macs < result.before.macs
     assert nonzero_parameters(result.model) == sum(p.numel() for p in result.model.parameters())
     fc2 = result.model.fc2[1] if isinstance(result.model.fc2, nn.Sequential) else result.model.fc2

@@ -15,7 +15,9 @@ from efficientdnns.surgery import ChannelGraph
 
 
 def chain() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 4), nn.ReLU(), nn.Linear(4, 3)
+    ).double()
 
 
 def run(model, example, final, pruned=None):
@@ -52,7 +54,12 @@ def test_scale_dead_neurons_and_pruned_neurons() -> None:
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (1, 1), (2, 1)])
 def test_a_convolution_is_its_dense_matrix(stride, padding) -> None:
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3, stride=stride, padding=padding), nn.ReLU(), nn.Flatten(), nn.Linear(1, 2)
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, stride=stride, padding=padding),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1, 2),
     )
     x = torch.zeros(1, 2, 6, 6, dtype=torch.float64)
     features = model[:5].double()(x).shape[1]
@@ -86,7 +93,15 @@ def test_a_fork_adds_skip_and_branch() -> None:
 
 
 def test_batch_norm_scales_by_gamma_over_sigma() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 1),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
     model.double()
     model[2].weight.data.normal_()
     model[2].running_var.uniform_(0.5, 2)

@@ -13,7 +13,9 @@ from efficientdnns.pruning.soft_filter_pruning import SoftPruning, filter_norms,
 from efficientdnns.session import Session
 
 
-@pytest.mark.parametrize(("blocks", "keep", "percent"), [(3, 0.7, 42.22), (5, 0.7, 41.51), (18, 0.7, 40.78), (9, 0.6, 52.6)])
+@pytest.mark.parametrize(
+    ("blocks", "keep", "percent"), [(3, 0.7, 42.22), (5, 0.7, 41.51), (18, 0.7, 40.78), (9, 0.6, 52.6)]
+)
 def test_flops_formula_gives_the_papers_figures(blocks, keep, percent) -> None:
     assert 100 * pruned_flops(blocks, keep) == pytest.approx(percent, abs=0.035)
 
@@ -47,7 +49,9 @@ def test_exactly_the_weakest_filters_are_zeroed(norm) -> None:
 
 def test_zeroed_filters_are_trained_and_may_return(digits) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 5, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 10))
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 5, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 10)
+    )
     model[1].bias.data.fill_(0.1)  # at 0 the ReLU would hide the zeroed filters in the first step
     chosen: list[torch.Tensor] = []
     moved: list[bool] = []
@@ -96,7 +100,9 @@ def disturbed(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [Residual, lambda: ed.models.build("cifar-resnet20", num_classes=4)], ids=["residual", "resnet20"])
+@pytest.mark.parametrize(
+    "make", [Residual, lambda: ed.models.build("cifar-resnet20", num_classes=4)], ids=["residual", "resnet20"]
+)
 def test_the_small_network_computes_what_the_zeroed_one_does(make) -> None:
     torch.manual_seed(0)
     model, task = disturbed(make()), images_task()

@@ -42,7 +42,13 @@ def network() -> nn.Sequential:
 def trainer(task, callbacks=(), epochs=4, model=None, **options) -> Trainer:
     settings = TrainingSettings(batch_size=16, **options.pop("settings", {}))
     return Trainer(
-        model or network(), task, callbacks, epochs=epochs, settings=settings, accelerator=Accelerator(cpu=True), **options
+        model or network(),
+        task,
+        callbacks,
+        epochs=epochs,
+        settings=settings,
+        accelerator=Accelerator(cpu=True),
+        **options,
     )
 
 

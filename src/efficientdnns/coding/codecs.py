@@ -53,7 +53,7 @@ _SAMPLE = 1 << 16
 _PLACED = 0xFF  # first byte of integers that are coded with contexts; encode_integers writes smaller ones
 _MIN_SPARSITY = 0.05
 _SURELY_SPARSE = 0.25  # density below which the positions of zeros are coded on their own without a trial
-_FEW = 4096  # elements up to which every candidate is tried
+_FEW = 4096  # non-zeros up to which every candidate is tried
 _FLOAT_SAVING = 0.9  # a dense float tensor is coded only if it shrinks below this share
 
 
@@ -132,7 +132,7 @@ class CodebookCodec:
         bits = element_bits(tensor)
         sample = bits[:: max(1, bits.size // _SAMPLE)]
         nonzeros = sample[sample != 0]
-        return np.unique(nonzeros).size <= min(MAX_DISTINCT, max(16, nonzeros.size // 2))
+        return np.unique(nonzeros).size <= min(MAX_DISTINCT, max(256, nonzeros.size // 2))
 
     def encode(self, tensor: Tensor) -> tuple[bytes, Parameters]:
         bits = element_bits(tensor)
@@ -149,7 +149,7 @@ class CodebookCodec:
         writer = SymbolWriter()
         put_number(writer, patterns.size)
         put_codebook(writer, patterns, tensor.dtype)
-        if mask.mean() < _SURELY_SPARSE:
+        if np.count_nonzero(mask) < _SURELY_SPARSE * mask.size:
             put_choice(writer, 0, 2)
             writer.extend(apart)
         else:
@@ -316,7 +316,7 @@ for _codec in (RawCodec(), PlanesCodec(), SparseCodec(), CodebookCodec(), Intege
 def _default_candidates(tensor: Tensor) -> list[str]:
     """Return the codecs that can be the smallest: "sparse" loses against "codebook" where values repeat."""
     few_values = CodebookCodec().suits(tensor)
-    if tensor.numel() <= _FEW:
+    if codable(tensor) and np.count_nonzero(element_bits(tensor)) <= _FEW:
         return ["integers", "codebook", "sparse"]
     if not tensor.is_floating_point() and not tensor.is_complex():
         return ["integers", "codebook"] if few_values else ["integers"]

@@ -103,7 +103,9 @@ class DeepCompression(Method):
         super().check(session)
         weights = layer_weights(session.model)
         if not weights:
-            raise ConfigurationError(f"{type(session.model).__name__} has no linear, convolutional or recurrent layer for {self.name}")
+            raise ConfigurationError(
+                f"{type(session.model).__name__} has no linear, convolutional or recurrent layer for {self.name}"
+            )
         self.shares(weights)
         if unknown := set(self.bits) ^ {"conv", "fc"}:
             raise ConfigurationError(f"{self.name}: bits lacks {sorted(unknown)}; write bits={{conv: 8, fc: 5}}")
@@ -149,7 +151,9 @@ class DeepCompression(Method):
                     masks[name] = (mask & (weight != 0)).to(weight.dtype)
                 else:
                     kept = (1 - shares[name]) ** (round_number / self.prune_iterations)
-                    masks[name] = largest_mask(weight.detach().abs(), max(1, round(kept * weight.numel()))).to(weight.dtype)
+                    masks[name] = largest_mask(weight.detach().abs(), max(1, round(kept * weight.numel()))).to(
+                        weight.dtype
+                    )
             kept_all = sum(int(m.sum()) for m in masks.values())
             for module, p in zip(dropouts, original):
                 module.p = adjusted_dropout(p, kept_all, sum(m.numel() for m in masks.values()))
@@ -168,21 +172,27 @@ class DeepCompression(Method):
                 codebooks[name] = kmeans_1d(values, min(2**bits, len(values)), init=self.init, seed=session.seed)
         shared = {name: SharedWeight(session.model.get_parameter(name), *book) for name, book in codebooks.items()}
         session.train(
-            [CentroidTraining(shared)], epochs=self.share_epochs, learning_rate=rate, weight_decay=0.0, schedule="cosine"
+            [CentroidTraining(shared)],
+            epochs=self.share_epochs,
+            learning_rate=rate,
+            weight_decay=0.0,
+            schedule="cosine",
         )
 
     def _remove_dead_neurons(self, session: Session) -> None:
         graph = ChannelGraph.trace(session.model, session.example_input)
         state = dict(session.model.named_parameters())
         squares = {name: value.detach().square() for name, value in state.items()}
-        no_inputs, no_outputs = {}, {}
+        no_inputs: dict[str, Tensor] = {}
+        no_outputs: dict[str, Tensor] = {}
         for group in graph.groups:
             out = group.reduce({n: v for n, v in squares.items() if v.dim() > 1}, ("out",)) == 0
             read = group.reduce(squares, ("in",)) == 0
             for dead, where in ((read, no_outputs), (out & ~read, no_inputs)):
                 if dead.any() and not (out | read).all():
                     where[group.name] = dead.nonzero().flatten()
-        model, selection, _ = session.model, {}, []
+        model = session.model
+        selection: dict[str, Tensor] = {}
         if no_inputs:
             model, selection, varying = absorb_constants(session.model, session.example_input, no_inputs, graph)
             selection = {name: units for name, units in selection.items() if name not in varying}
@@ -194,7 +204,9 @@ class DeepCompression(Method):
 
     @staticmethod
     def _bytes(session: Session, codecs: Mapping[str, Any] | None = None) -> int:
-        return weights_size({name: value.detach().cpu() for name, value in session.model.state_dict().items()}, dict(codecs or {}))
+        return weights_size(
+            {name: value.detach().cpu() for name, value in session.model.state_dict().items()}, dict(codecs or {})
+        )
 
 
 class SharedWeight:
@@ -222,7 +234,7 @@ class CentroidTraining(Callback):
         self.shared = dict(shared)
 
     def setup(self, trainer: Trainer) -> None:
-        for name, shared in self.shared.items():
+        for shared in self.shared.values():
             shared.centroids.data = shared.centroids.data.to(trainer.device)
             shared.index = shared.index.to(trainer.device)
         self._write(trainer)

@@ -26,6 +26,9 @@ def element_bits(tensor: Tensor) -> NDArray[Any]:
             f"cannot store a {tensor.layout} tensor of {tensor.dtype}; convert it with to_dense() or int_repr() first"
         )
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    flat = flat.as_strided(
+        (flat.numel(),), (1,)
+    )  # a vector of one or no element can have any stride, which view refuses
     width = tensor.element_size()
     return flat.view(torch.uint8).numpy().view(np.dtype(f"u{width}") if width <= 8 else np.uint8)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,10 +159,11 @@ def record_activations(
     Args:
         teacher: the trained network; it is left as it was.
         task: classification with training data; without labels the teacher's own predictions take their place.
-        scope: see `ActivationRecord`. The spectral scopes are inferred: the paper's text names a graph Fourier transform
-            of co-activations, its released code does not contain it. Here the units of all layers (``spectral-all``) or
-            of two neighbouring layers (``spectral-pairs``) are vertices, mean outer products of neighbouring layers'
-            responses are edge weights, and the eigenvectors of largest absolute eigenvalue form the basis.
+        scope: see `ActivationRecord`. The spectral scopes are inferred: the paper's text names a graph Fourier
+            transform of co-activations, its released code does not contain it. Here the units of all layers
+            (``spectral-all``) or of two neighbouring layers (``spectral-pairs``) are vertices, mean outer products of
+            neighbouring layers' responses are edge weights, and the eigenvectors of largest absolute eigenvalue form
+            the basis.
         covariance: ``full``, ``diagonal`` or ``auto`` (full up to 256 units).
         keep: share of the spectral coefficients that is kept, in (0, 1].
         temperature: T, by which logits are divided.
@@ -190,10 +192,11 @@ def record_activations(
                 advance()
                 yield {name: value.flatten(1) for name, value in values.items()}, labels.cpu()
 
-    groups, bases = [[name] for name in layers], [None] * len(layers)  # type: ignore[var-annotated]
+    groups: list[list[str]] = [[name] for name in layers]
+    bases: list[Tensor | None] = [None] * len(layers)
     if scope.startswith("spectral"):
-        groups = [layers] if scope == "spectral-all" else [list(pair) for pair in zip(layers, layers[1:])]
-        bases = [graph_basis(matrix, keep) for matrix in _co_activations(sweep(), groups)]
+        groups = [layers] if scope == "spectral-all" else [list(pair) for pair in pairwise(layers)]
+        bases = [*(graph_basis(matrix, keep) for matrix in _co_activations(sweep(), groups))]
     blocks = [Statistics(group, torch.empty(0), torch.empty(0), basis) for group, basis in zip(groups, bases)]
     moments: list[Moments] = []
     for values, labels in sweep():
@@ -217,35 +220,37 @@ def graph_basis(adjacency: Tensor, keep: float) -> Tensor:
 
 
 def _co_activations(sweep: Iterator[tuple[dict[str, Tensor], Tensor]], groups: list[list[str]]) -> list[Tensor]:
-    """The adjacency matrix of each group of layers: mean outer products between neighbouring layers, zero elsewhere."""
+    """The adjacency matrix of each group of layers: mean outer products of neighbouring layers, zero elsewhere."""
     edges: dict[tuple[str, str], Tensor] = {}
+    widths: dict[str, int] = {}
     samples = 0
     for values, labels in sweep:
+        if not widths:
+            widths = {name: value.shape[1] for name, value in values.items()}
+            _check_size(groups, widths)
         samples += len(labels)
-        for group in groups:
-            units = sum(values[name].shape[1] for name in group)
-            if units > LARGEST_GRAPH:
-                raise ConfigurationError(
-                    f"the layers {group[0]} to {group[-1] or 'logits'} have {units} units together, more than "
-                    f"{LARGEST_GRAPH}; take another scope or a smaller network"
-                )
-            for pair in zip(group, group[1:]):
-                if pair not in edges or groups[0] is group or len(group) == 2:
-                    product = values[pair[0]].T @ values[pair[1]]
-                    edges[pair] = edges[pair] + product if pair in edges else product
+        for pair in {pair for group in groups for pair in pairwise(group)}:
+            product = values[pair[0]].T @ values[pair[1]]
+            edges[pair] = edges[pair] + product if pair in edges else product
     matrices = []
     for group in groups:
-        widths = [edges[pair].shape[0] for pair in zip(group, group[1:])] + [edges[group[-2], group[-1]].shape[1]]
-        matrix = torch.zeros(sum(widths), sum(widths))
-        start = 0
-        for position, pair in enumerate(zip(group, group[1:])):
-            middle = start + widths[position]
-            end = middle + widths[position + 1]
+        starts = [0, *torch.tensor([widths[name] for name in group]).cumsum(0).tolist()]
+        matrix = torch.zeros(starts[-1], starts[-1])
+        for position, pair in enumerate(pairwise(group)):
+            start, middle, end = starts[position : position + 3]
             matrix[start:middle, middle:end] = edges[pair] / samples
             matrix[middle:end, start:middle] = edges[pair].T / samples
-            start = middle
         matrices.append(matrix)
     return matrices
+
+
+def _check_size(groups: list[list[str]], widths: dict[str, int]) -> None:
+    for group in groups:
+        if (units := sum(widths[name] for name in group)) > LARGEST_GRAPH:
+            raise ConfigurationError(
+                f"the layers '{group[0]}' to '{group[-1] or 'logits'}' have {units} units together, more than "
+                f"{LARGEST_GRAPH}; take scope 'all' or a smaller network"
+            )
 
 
 def _hidden_layers(teacher: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any]) -> list[str]:
@@ -253,8 +258,8 @@ def _hidden_layers(teacher: nn.Module, example: Any, forward: Callable[[nn.Modul
     names = weighted_layers(teacher, example, forward)
     values = tap_once(teacher, names, example, forward)
     # Several layers may feed one activation (a block's last convolution and its shortcut).
-    first = {value.data_ptr(): name for name, value in reversed(values.items())}
-    return [name for name in names[:-1] if first[values[name].data_ptr()] == name]
+    first = {id(value): name for name, value in reversed(values.items())}
+    return [name for name in names[:-1] if first[id(values[name])] == name]
 
 
 def _data_bytes(task: Task) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
-from efficientdnns.data.nested import select, to_device
+from efficientdnns.data.nested import to_device
 from efficientdnns.data.split import Batch
 from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.method import Need, Network, Paper, TrainingMethod
@@ -90,6 +90,13 @@ def add_class_bias(head: nn.Module, classes: Sequence[int], delta: float) -> Non
     head.bias[list(classes)] += delta  # type: ignore[index, operator]
 
 
+def recall(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
+    """Share of the samples of ``classes`` that are told right; 1 where there are none."""
+    chosen = torch.isin(labels, torch.tensor(list(classes)))
+    right = (logits.argmax(1) == labels)[chosen]
+    return right.double().mean().item() if len(right) else 1.0
+
+
 class KnowledgeDistillation(TrainingMethod):
     r"""Knowledge distillation, `Hinton et al., 2015 <https://arxiv.org/abs/1503.02531>`_.
 
@@ -108,7 +115,7 @@ class KnowledgeDistillation(TrainingMethod):
     ``correct_bias_classes`` raises it by the amount that serves accuracy on the calibration split best.
 
     Reported: ``teacher_entropy``, the mean entropy in nats of the targets at temperature T (near log C they are too
-    flat, near 0 they are only labels), and ``bias_correction``.
+    flat, near 0 they are only labels), ``bias_correction`` and what it does to the classes' recall.
 
     Specialists (section 5) are in `efficientdnns.distillation.specialists`.
 
@@ -142,8 +149,6 @@ class KnowledgeDistillation(TrainingMethod):
     """How the distributions of several teachers are averaged."""
     student: Network | None = None
     """Architecture of a fresh student; None trains the session's network."""
-    omit_classes: tuple[NonNegativeInt, ...] = ()
-    """Classes left out of the transfer set, to try the paper's missing-class experiment; needs labels."""
     correct_bias_classes: tuple[NonNegativeInt, ...] = ()
     """Classes whose output bias is corrected after training; needs a labelled calibration split."""
 
@@ -158,14 +163,16 @@ class KnowledgeDistillation(TrainingMethod):
             raise ConfigurationError("knowledge-distillation: teacher is an empty list; name at least one network")
         for teacher in self.teachers:
             check_trained(teacher)
-        task, classes = session.task, session.task.num_classes
-        if self.omit_classes and not (task.train is not None and task.train.has_labels):
-            raise DataError(f"omit_classes needs labels to know the classes, but task '{task.name}' has none")
-        if self.correct_bias_classes and not (task.calibration is not None and task.calibration.has_labels):
+        task, chosen = session.task, self.correct_bias_classes
+        if not chosen:
+            return
+        if task.calibration is None or not task.calibration.has_labels or task.num_classes is None:
             raise DataError(f"correct_bias_classes needs labelled calibration data, but task '{task.name}' has none")
-        for name, chosen in (("omit_classes", self.omit_classes), ("correct_bias_classes", self.correct_bias_classes)):
-            if chosen and classes is not None and (max(chosen) >= classes or len(set(chosen)) >= classes):
-                raise ConfigurationError(f"{name} is {list(chosen)}, expected some of the classes 0 to {classes - 1}")
+        if max(chosen) >= task.num_classes or len(set(chosen)) >= task.num_classes:
+            known = task.num_classes - 1
+            raise ConfigurationError(
+                f"correct_bias_classes is {list(chosen)}, expected some of the classes 0 to {known}"
+            )
 
     def prepare(self, session: Session) -> None:
         session.model = student_network(session, self.student)
@@ -188,14 +195,6 @@ class Distillation(Callback):
     def epoch_start(self, trainer: Trainer) -> None:
         self.entropy, self.samples = 0.0, 0
 
-    def batch(self, trainer: Trainer, batch: Batch) -> Batch:
-        if not self.method.omit_classes or batch.targets is None:
-            return batch
-        missing = torch.tensor(self.method.omit_classes, device=batch.targets.device)
-        keep = torch.isin(batch.targets, missing, invert=True).nonzero().flatten()
-        indices = None if batch.indices is None else batch.indices[keep.to(batch.indices.device)]
-        return Batch(select(batch.inputs, keep), batch.targets[keep], indices)
-
     def task_loss(self, trainer: Trainer, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
         method = self.method
         with torch.no_grad():
@@ -209,9 +208,13 @@ class Distillation(Callback):
         if self.samples:
             self.report(teacher_entropy=float(self.entropy) / self.samples, temperature=self.method.temperature)
         if classes := self.method.correct_bias_classes:
-            delta = best_class_bias(*calibration_logits(trainer), classes)
+            logits, labels = calibration_logits(trainer)
+            delta = best_class_bias(logits, labels, classes)
             add_class_bias(trainer.model.get_submodule(self.head), classes, delta)
-            self.report(bias_correction=delta)
+            before = recall(logits, labels, classes)
+            logits[:, list(classes)] += delta
+            after = recall(logits, labels, classes)
+            self.report(bias_correction=delta, calibration_recall={"before": before, "after": after})
 
     def state_dict(self) -> dict[str, Any]:
         return {"entropy": float(self.entropy), "samples": self.samples}

@@ -93,7 +93,9 @@ class Worker:
             share = min(1.0, clip_norm / (float(norm) + 1e-6))
         parts: dict[str, Part] = {}
         for name, gradient in gradients.items():
-            gradient = gradient.detach().float() * share
+            gradient = gradient.detach().float()
+            if share < 1:
+                gradient = gradient * share
             if name not in self.u:
                 parts[name] = gradient
                 continue
@@ -179,8 +181,8 @@ class DeepGradientCompression(TrainingMethod):
     """Clear the velocity of what was sent."""
     clip_norm: PositiveFloat | None = None
     """Largest norm of the mean gradient, kept by local clipping; None takes the training settings' limit."""
-    selection: Literal["exact", "sampled"] = "exact"
-    """The k largest entries, or those above a threshold from a sample, which is faster for large tensors."""
+    selection: Literal["exact", "sampled"] = "sampled"
+    """Entries above a threshold that a sample gives (0.8 to 1.3 k of them), or exactly the k largest, which is slower."""
     sample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Share of the entries in the sample."""
     min_dim: PositiveInt = 2

@@ -1,6 +1,7 @@
 r"""Multi-bit binary codes: a row of numbers as a sum of k scaled sign vectors, :math:`w \approx \sum_i \alpha_i b_i`.
 
-The quantizer of Xu et al. (https://arxiv.org/abs/1802.00150) with the baselines of the paper, and the packing of codes into bytes.
+The quantizer of Xu et al. (https://arxiv.org/abs/1802.00150) with the baselines of the paper, and the packing of codes
+into bytes.
 """
 
 from __future__ import annotations
@@ -27,19 +28,24 @@ def multibit_quantize(
     method: CodeMethod = "alternating",
     final_refit: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""Approximate every vector along ``dim`` by ``bits`` scaled sign vectors: :math:`\min \|w - \sum_i \alpha_i b_i\|^2`.
+    r"""Approximate every vector along ``dim`` by ``bits`` scaled sign vectors: :math:`\min \|w - \sum_i \alpha_i
+    b_i\|^2`.
 
-    - greedy: :math:`\alpha_i = \mathrm{mean}|r|, b_i = \mathrm{sign}(r)` of what the codes before it leave, r (sign(0) = +1).
+    - greedy: :math:`\alpha_i = \mathrm{mean}|r|, b_i = \mathrm{sign}(r)` of what the codes before it leave, r (sign(0)
+      = +1).
     - refined: greedy, and after each new code all coefficients anew by least squares.
-    - alternating: from greedy, ``iterations`` times least-squares coefficients, then for each entry the nearest of all 2^k sums.
-    - uniform: 2^k equally spaced levels from -max|w| to max|w|; uniform-mse: with the largest level of least squared error;
+    - alternating: from greedy, ``iterations`` times least-squares coefficients, then for each entry the nearest of all
+      2^k sums.
+    - uniform: 2^k equally spaced levels from -max|w| to max|w|; uniform-mse: with the largest level of least squared
+      error;
       balanced: equally populated intervals on the levels of uniform.
 
     Args:
         w: any shape (..., n, ...), n along ``dim``; the other dimensions are the rows, in order.
         bits: k, 1 to 8.
         iterations: T; 2 in the paper, 0 leaves the start.
-        final_refit: one more least squares at the end (the paper ends with a code update, its coefficients half a step old).
+        final_refit: one more least squares at the end (the paper ends with a code update, its coefficients half a step
+            old).
 
     Returns:
         alpha (..., k) in the type of ``w`` and codes (..., k, n) in {-1, +1} as int8.
@@ -121,7 +127,8 @@ def _greedy(rows: Tensor, bits: int, refine: bool) -> tuple[Tensor, Tensor]:
 
 
 def _on_levels(rows: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor]:
-    """Level m in 0 .. 2^k - 1 is worth c (2 m / (2^k - 1) - 1), which is sum_i alpha_i b_i with alpha_i = c 2^i / (2^k - 1)."""
+    """Level m in 0 .. 2^k - 1 is worth c (2 m / (2^k - 1) - 1), which is sum_i alpha_i b_i with alpha_i = c 2^i /
+    (2^k - 1)."""
     top = (1 << bits) - 1
     ceiling = rows.abs().amax(-1, keepdim=True)
     # A row of zeros has no scale of its own.
@@ -151,7 +158,8 @@ def _on_levels(rows: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor]:
 
 
 def pack_binary(codes: Tensor) -> Tensor:
-    """Pack signs (..., n) eight to the byte, each vector starting on a byte of its own: uint8 (..., ceil(n / 8)); +1 is a 1 bit."""
+    """Pack signs (..., n) eight to the byte, each vector starting on a byte of its own: uint8 (..., ceil(n / 8)); +1
+    is a 1 bit."""
     lead, n = codes.shape[:-1], codes.shape[-1]
     bits = np.zeros((*lead, -(-n // 8) * 8), dtype=bool)
     bits[..., :n] = (codes > 0).cpu().numpy()
@@ -170,9 +178,11 @@ _ONES = torch.tensor([bin(byte).count("1") for byte in range(256)])
 
 
 def binary_product(alpha: Tensor, packed: Tensor, alpha_h: Tensor, packed_h: Tensor, n: int) -> Tensor:
-    r"""Matrix-vector products on the codes alone: :math:`\sum_{ij} \alpha^w_i \alpha^h_j (B^w_i b^h_j)`, by exclusive or and bit counts.
+    r"""Matrix-vector products on the codes alone: :math:`\sum_{ij} \alpha^w_i \alpha^h_j (B^w_i b^h_j)`, by exclusive
+    or and bit counts.
 
-    A product of two sign vectors of n entries is n - 2 popcount(a xor b). The reference for kernels on packed codes, not a fast one.
+    A product of two sign vectors of n entries is n - 2 popcount(a xor b). The reference for kernels on packed codes,
+    not a fast one.
 
     Args:
         alpha, packed: coefficients (m, k) and packed codes (m, k, bytes) of the matrix.

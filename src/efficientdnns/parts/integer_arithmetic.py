@@ -1,7 +1,8 @@
 r"""The integer arithmetic of gemmlowp and Jacob et al. (https://arxiv.org/abs/1712.05877, section 2.2), bit for bit.
 
-32-bit accumulators are held in int64 tensors, so that every intermediate product is exact. A real multiplier is a 32-bit fraction and
-a shift, :math:`M = 2^{-n} M_0` with :math:`M_0 \in [0.5, 1)` kept as :math:`\mathrm{round}(2^{31} M_0)`.
+32-bit accumulators are held in int64 tensors, so that every intermediate product is exact. A real multiplier is a
+32-bit fraction and a shift, :math:`M = 2^{-n} M_0` with :math:`M_0 \in [0.5, 1)` kept as :math:`\mathrm{round}(2^{31}
+M_0)`.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ def quantize_multiplier(multiplier: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def saturating_rounding_doubling_high_mul(a: Tensor, b: Tensor) -> Tensor:
-    """The high 32 bits of 2 a b, rounded: (a b + (2^30 if a b >= 0 else 1 - 2^30)) / 2^31 towards zero, for int32 values in int64.
+    """The high 32 bits of 2 a b, rounded: (a b + (2^30 if a b >= 0 else 1 - 2^30)) / 2^31 towards zero, for int32
+    values in int64.
 
-    Both rules together round to the nearest and ties upward, which is one arithmetic shift. Only INT32_MIN * INT32_MIN saturates.
+    Both rules together round to the nearest and ties upward, which is one arithmetic shift. Only INT32_MIN * INT32_MIN
+    saturates.
     """
     return (a * b).add_(1 << 30).bitwise_right_shift_(31).clamp_(max=INT32_MAX)
 
@@ -42,8 +45,8 @@ def saturating_rounding_doubling_high_mul(a: Tensor, b: Tensor) -> Tensor:
 def rounding_divide_by_pot(x: Tensor, exponent: Tensor) -> Tensor:
     """x / 2^exponent rounded to the nearest, ties away from zero, for int32 values in int64; exponent in 0..62.
 
-    gemmlowp adds 1 to the shifted number where the remainder is above a threshold; adding half before the shift, and 1 less for negative
-    numbers, is the same.
+    gemmlowp adds 1 to the shifted number where the remainder is above a threshold; adding half before the shift, and 1
+    less for negative numbers, is the same.
     """
     half = (torch.ones_like(exponent) << exponent) >> 1
     correction = (x >> 63).bitwise_and_(torch.where(exponent > 0, -1, 0))
@@ -51,13 +54,14 @@ def rounding_divide_by_pot(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def multiply_by_quantized_multiplier(x: Tensor, mantissa: Tensor, shift: Tensor) -> Tensor:
-    """M x for int32 values ``x``: a left shift where M >= 1 (saturating), the high multiplication, a rounding right shift."""
+    """M x for int32 values ``x``: a left shift where M >= 1 (saturating), the high multiplication, a rounding right
+    shift."""
     left, right = (-shift).clamp(min=0), shift.clamp(min=0)
     x = (x << left).clamp_(INT32_MIN, INT32_MAX)
     return rounding_divide_by_pot(saturating_rounding_doubling_high_mul(x, mantissa), right)
 
 
-def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Accumulators to the integers of the output: clamp(Z3 + M acc, low, high).
 
     Args:
@@ -67,7 +71,7 @@ def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, low:
         low, high: range of the output integers after the fused activation: from Z3 on for ReLU.
     """
     mantissa, shift = quantize_multiplier(multiplier)
-    return multiply_by_quantized_multiplier(accumulator, mantissa, shift).add_(zero_point).clamp_(low, high)  # type: ignore[call-overload]
+    return multiply_by_quantized_multiplier(accumulator, mantissa, shift).add_(zero_point).clamp_(low, high)
 
 
 def quantized_add(
@@ -80,8 +84,8 @@ def quantized_add(
 ) -> Tensor:
     """Add two quantized tensors in integers, as TensorFlow Lite does, within 1 of the exact result rounded.
 
-    Both inputs are shifted left by 20 bits and brought to a common scale, twice the larger of their own, added, and brought to the output
-    scale.
+    Both inputs are shifted left by 20 bits and brought to a common scale, twice the larger of their own, added, and
+    brought to the output scale.
 
     Args:
         a, b: integers of at most 8 bits. scales, zero_points: of a, b and the output.
@@ -92,7 +96,7 @@ def quantized_add(
         mantissa, shift = quantize_multiplier(torch.tensor(scale / common, dtype=torch.float64))
         total = total + multiply_by_quantized_multiplier((q.to(torch.int64) - zero_point) << 20, mantissa, shift)
     multiplier = torch.tensor(common / (2**20 * scales[2]), dtype=torch.float64)
-    return requantize(total, multiplier, torch.tensor(zero_points[2]), low, high)
+    return requantize(total, multiplier, torch.tensor(zero_points[2]), torch.tensor(low), torch.tensor(high))
 
 
 def zero_point_expansion(q1: Tensor, z1: int, q2: Tensor, z2: int) -> Tensor:

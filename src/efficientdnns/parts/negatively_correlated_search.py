@@ -1,4 +1,4 @@
-"""Negatively correlated search: an evolutionary minimiser whose individuals keep away from each other's search regions."""
+"""Negatively correlated search: an evolutionary minimiser whose individuals keep out of each other's regions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EDGE = 1e-4
 
 
 class NegativelyCorrelatedSearch:
-    r"""NCS, `Tang et al., 2016 <https://doi.org/10.1109/JSAC.2016.2525458>`_, for asking and telling.
+    r"""NCS, `Tang et al., 2016 <https://arxiv.org/abs/1504.04914>`_, for asking and telling.
 
     Individual i searches with :math:`N(x_i, \sigma_i^2 I)`. Its offspring :math:`x'_i` takes its place where
 
@@ -27,7 +27,8 @@ class NegativelyCorrelatedSearch:
         step_size: initial sigma.
         bounds: lower and upper bound of every coordinate, or None.
         population: individuals, at least 2.
-        generations: :math:`t_{max}`, over which the choice hardens.
+        generations: :math:`t_{max}`, over which the noise of the choice falls to zero.
+        shrink: r.
         generator: source of randomness; None takes the global one.
 
     >>> search = NegativelyCorrelatedSearch(torch.ones(2), 2.0, 0.1, generations=50)
@@ -69,7 +70,8 @@ class NegativelyCorrelatedSearch:
     def tell(self, fitness: Tensor | list[float]) -> None:
         """Take the fitness of the offspring that `ask` gave."""
         new = torch.as_tensor(fitness, dtype=torch.float64)
-        if (lowest := int(new.argmin())) >= 0 and float(new[lowest]) < self.best_fitness:
+        lowest = int(new.argmin())
+        if float(new[lowest]) < self.best_fitness:
             self.best, self.best_fitness = self.children[lowest].clone(), float(new[lowest])
         won = self.accept(new)
         self.points = torch.where(won[:, None], self.children, self.points)
@@ -90,7 +92,7 @@ class NegativelyCorrelatedSearch:
         return bar * apart > worse
 
     def _diversity(self, points: Tensor) -> Tensor:
-        """Smallest Bhattacharyya distance of every N(points_i, sigma_i^2) to the other individuals' N(x_j, sigma_j^2)."""
+        """Smallest Bhattacharyya distance of every N(points_i, sigma_i^2) to the N(x_j, sigma_j^2) of the others."""
         variances = self.step_sizes.square()
         mean = (variances[:, None] + variances[None]) / 2
         distance = torch.cdist(points, self.points).square() / (8 * mean)

@@ -1,12 +1,13 @@
 """Observers: what range of values a quantizer should cover, learnt from the tensors that pass by.
 
-An observer is a module without parameters; its statistics are buffers, so they lie in checkpoints and follow the device. Call it on
-every tensor, then ask for `range`. `make_observer` builds one by name.
+An observer is a module without parameters; its statistics are buffers, so they lie in checkpoints and follow the
+device. Call it on every tensor, then ask for `range`. `make_observer` builds one by name.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from typing import Literal
 
 import numpy as np
@@ -80,8 +81,8 @@ class MovingAverage(Observer):
 class Histogram(Observer):
     """Counts of values in bins whose width is a power of two and whose edges are multiples of it.
 
-    When the range grows, the width doubles until the bins reach, and bins are merged pairwise: nothing is interpolated, so the counts
-    are the same however the data was split into batches.
+    When the range grows, the width doubles until the bins reach, and bins are merged pairwise: nothing is interpolated,
+    so the counts are the same however the data was split into batches.
 
     Args:
         bins: how many there are; between a half and all of them lie within the data's range.
@@ -113,7 +114,8 @@ class Histogram(Observer):
         self.place.copy_(torch.tensor([exponent, first]))
 
     def edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Edges (n + 1) and counts (n) of the bins from the first to the last that holds anything; the outer edges are the extremes."""
+        """Edges (n + 1) and counts (n) of the bins from the first to the last that holds anything; the outer edges
+        are the extremes."""
         low, high = (float(value) for value in Observer.range(self))
         exponent, first = self.place.tolist()
         counts = self.counts.cpu().numpy()
@@ -160,9 +162,9 @@ class Percentile(Histogram):
 class MeanSquaredError(Histogram):
     """The range of least expected squared quantization error, values being spread evenly inside a bin.
 
-    From the full range on, one end at a time is moved inward past a share of 1e-5 of the samples, the end that gives up more bins for
-    it. The best range on this way is taken; it ends where the error is twice the least found, not at the first rise as in PyTorch,
-    because with few levels the error wavers as the grid shifts.
+    From the full range on, one end at a time is moved inward past a share of 1e-5 of the samples, the end that gives up
+    more bins for it. The best range on this way is taken; it ends where the error is twice the least found, not at the
+    first rise as in PyTorch, because with few levels the error wavers as the grid shifts.
 
     Args:
         spec: the quantizer the range is for.
@@ -179,13 +181,13 @@ class MeanSquaredError(Histogram):
         if self.counts.sum() == 0:
             return super().range()
         edges, counts = self.edges()
-        share = np.cumsum(counts) / counts.sum()
+        share = (np.cumsum(counts) / counts.sum()).tolist()
         start, end = 0, len(counts) - 1
         alpha, beta = 0.0, 1.0
         best, chosen = self._error(edges, counts, start, end), (start, end)
         while alpha < beta and start < end:
-            left = min(int(np.searchsorted(share, alpha + self.STEP)), end)
-            right = max(int(np.searchsorted(share, beta - self.STEP, side="right")) - 1, start)
+            left = min(bisect_left(share, alpha + self.STEP), end)
+            right = max(bisect_right(share, beta - self.STEP) - 1, start)
             if left - start > end - right:
                 alpha, candidate = alpha + self.STEP, (left, end)
             else:
@@ -230,26 +232,31 @@ def expected_squared_error(
 class Entropy(Histogram):
     r"""The symmetric threshold of least information loss (S. Migacz, 8-bit inference with TensorRT, GTC 2017).
 
-    Over the histogram of |x|, for each number of bins i from the number of levels on: P is the first i bins with everything beyond
-    added to the last; Q the same i bins without what lies beyond, merged to the levels and spread again over the bins in which P is not
-    zero. The i with the least KL(P || Q) gives the threshold (i + 0.5) bin widths. The range returned is [-threshold, threshold] cut to
-    the extremes of the data.
+    Over the histogram of |x|, for each number of bins i from the number of levels on: P is the first i bins with
+    everything beyond added to the last; Q the same i bins without what lies beyond, merged to the levels and spread
+    again over the bins in which P is not zero. The i with the least KL(P || Q) gives the threshold (i + 0.5) bin
+    widths. The range returned is [-threshold, threshold] cut to the extremes of the data. The bin at 0, which ReLU
+    fills with values that cost nothing, counts as much as the one after it.
 
     Args:
-        spec: the quantizer the range is for; 2^(bits - 1) levels, 128 for 8 bits.
+        spec: the quantizer the range is for; 2^(bits - 1) levels (128 for 8 bits), twice as many where nothing is
+            negative.
         bins: of the histogram.
     """
 
+    signed_low: Tensor
+    signed_high: Tensor
+
     def __init__(self, spec: QuantSpec, bins: int = 2048) -> None:
         super().__init__(bins)
-        self.levels = 1 << (spec.bits - 1)
+        self.spec = spec
         self.register_buffer("signed_low", torch.tensor(math.nan))
         self.register_buffer("signed_high", torch.tensor(math.nan))
 
     def observe(self, x: Tensor) -> None:
         low, high = extremes(x)
-        torch.fmin(self.signed_low, low.to(self.signed_low.dtype), out=self.signed_low)  # type: ignore[call-overload]
-        torch.fmax(self.signed_high, high.to(self.signed_high.dtype), out=self.signed_high)  # type: ignore[call-overload]
+        torch.fmin(self.signed_low, low.to(self.signed_low.dtype), out=self.signed_low)
+        torch.fmax(self.signed_high, high.to(self.signed_high.dtype), out=self.signed_high)
         # A zero beside the values keeps the bins starting at 0 whatever the least magnitude is.
         super().observe(torch.cat([x.abs().flatten(), x.new_zeros(1)]))
 
@@ -257,16 +264,16 @@ class Entropy(Histogram):
         if self.counts.sum() == 0:
             return super().range()
         _, counts = self.edges()
-        width = 2.0 ** int(self.place[0])
-        threshold = (best_entropy_bins(counts, self.levels) + 0.5) * width
+        counts[0] = counts[min(1, len(counts) - 1)]
         low, high = self.signed_low, self.signed_high
-        assert isinstance(low, Tensor)
-        assert isinstance(high, Tensor)
+        levels = 1 << (self.spec.bits - bool(low < 0))
+        threshold = (best_entropy_bins(counts, levels) + 0.5) * 2.0 ** int(self.place[0])
         return low.clamp(min=-threshold), high.clamp(max=threshold)
 
 
 def best_entropy_bins(counts: NDArray[np.float64], levels: int) -> int:
-    """The number of bins i in [levels, len(counts)] with the least KL(P || Q); all of them where there are fewer than levels."""
+    """The number of bins i in [levels, len(counts)] with the least KL(P || Q); all of them where there are fewer
+    than levels."""
     best, chosen = math.inf, len(counts)
     for i in range(levels, len(counts) + 1):
         kept = counts[:i]

@@ -1,7 +1,8 @@
 r"""Affine quantizers: real numbers to small integers and back, :math:`\hat r = S(q - Z)`.
 
-The maths of Jacob et al. (https://arxiv.org/abs/1712.05877, section 2.1): a positive scale S and an integer zero point Z, so that
-the real number 0 is exactly the integer Z. All functions work on one range for a whole tensor or on one range per channel.
+The maths of Jacob et al. (https://arxiv.org/abs/1712.05877, section 2.1): a positive scale S and an integer zero point
+Z, so that the real number 0 is exactly the integer Z. All functions work on one range for a whole tensor or on one
+range per channel.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ class QuantSpec:
 
     Attributes:
         bits: width b of an integer, 1 to 16 (1 needs ``signed=False``: the symmetric signed grid of 1 bit is 0 alone).
-        symmetric: Z = 0 and the narrow grid -(2^(b-1) - 1) .. 2^(b-1) - 1, on which -128 * -128 cannot occur. Unsigned: 0 .. 2^b - 1.
+        symmetric: Z = 0 and the narrow grid -(2^(b-1) - 1) .. 2^(b-1) - 1, on which -128 * -128 cannot occur. Unsigned:
+            0 .. 2^b - 1.
         signed: -2^(b-1) .. 2^(b-1) - 1 in place of 0 .. 2^b - 1.
-        axis: dimension with a scale and zero point of its own per index (the output channels of a weight: 0); None: one for all.
+        axis: dimension with a scale and zero point of its own per index (the output channels of a weight: 0); None: one
+            for all.
     """
 
     bits: int = 8
@@ -59,7 +62,8 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     r"""Scale S and zero point Z of the range [low, high], which is first widened to hold 0.
 
-    .. math:: S = \frac{b - a}{q_{max} - q_{min}}, \quad Z = \mathrm{clamp}(\mathrm{round}(q_{min} - a / S), q_{min}, q_{max})
+    .. math:: S = \frac{b - a}{q_{max} - q_{min}}, \quad Z = \mathrm{clamp}(\mathrm{round}(q_{min} - a / S), q_{min},
+    q_{max})
 
     Symmetric: :math:`S = \max(|a|, |b|) / q_{max}`, Z = 0. A range that is 0 alone gets S = 1.
 
@@ -112,7 +116,7 @@ class _Round(torch.autograd.Function):
         return x.round()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -127,7 +131,7 @@ class _Replace(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 

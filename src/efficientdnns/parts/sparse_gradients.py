@@ -134,10 +134,11 @@ def mean(workers: Sequence[Mapping[str, Part]], shapes: Mapping[str, Sequence[in
     result = {}
     for name, shape in shapes.items():
         parts = [worker[name] for worker in workers]
-        total = torch.zeros_like(decode(parts[0], shape) if isinstance(parts[0], Message) else parts[0])
-        for part in parts:
-            total += decode(part, shape) if isinstance(part, Message) else part
-        result[name] = total / len(workers)
+        dense = [decode(part, shape) if isinstance(part, Message) else part for part in parts]
+        total = dense[0]
+        for part in dense[1:]:
+            total = total + part
+        result[name] = total / len(workers) if len(workers) > 1 else total
     return result
 
 

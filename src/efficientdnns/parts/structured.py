@@ -43,11 +43,15 @@ def prunable(session: Session, skip: Sequence[str] = ()) -> tuple[ChannelGraph, 
     groups = [g for g in graph.groups if g.size > 1 and not any(matches(p, skip) for p in graph.producers(g))]
     if not groups:
         reasons = "; ".join(f"{k.operation} in '{k.module}' {k.reason}" for k in graph.kept_whole[:2])
-        raise SurgeryError(f"no channels of {type(session.model).__name__} can be removed" + (f" ({reasons})" if reasons else ""))
+        raise SurgeryError(
+            f"no channels of {type(session.model).__name__} can be removed" + (f" ({reasons})" if reasons else "")
+        )
     return graph, groups
 
 
-def ratio_for_budget(session: Session, graph: ChannelGraph, select: Callable[[float], Selection], default: float) -> float:
+def ratio_for_budget(
+    session: Session, graph: ChannelGraph, select: Callable[[float], Selection], default: float
+) -> float:
     """The pruning ratio: ``default`` without a budget, else the smallest whose network meets every MAC and parameter limit.
 
     Candidates are really cut and counted, so nothing is estimated.

@@ -68,8 +68,9 @@ class AbsoluteLinear(TorchFunctionMode):
     """
 
     IDENTITY = frozenset(
-        "relu relu_ relu6 leaky_relu leaky_relu_ elu gelu silu mish hardswish hardtanh hardsigmoid sigmoid tanh prelu "
-        "dropout dropout_ dropout1d dropout2d feature_dropout alpha_dropout layer_norm group_norm local_response_norm softplus".split()
+        {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "gelu", "silu", "mish", "hardswish", "hardtanh"}
+        | {"hardsigmoid", "sigmoid", "tanh", "prelu", "softplus", "layer_norm", "group_norm", "local_response_norm"}
+        | {"dropout", "dropout_", "dropout1d", "dropout2d", "feature_dropout", "alpha_dropout"}
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,15 +84,27 @@ class AbsoluteLinear(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if name.startswith("max_pool") or name.startswith("adaptive_max_pool"):
             average = getattr(F, name.replace("max", "avg").replace("_with_indices", ""))
-            return average(*args[: 2 if "adaptive" in name else 4], **{k: v for k, v in kwargs.items() if k in _POOLING})
+            return average(
+                *args[: 2 if "adaptive" in name else 4], **{k: v for k, v in kwargs.items() if k in _POOLING}
+            )
         if name in ("mul", "mul_", "__mul__", "__rmul__", "__imul__") and all(isinstance(a, Tensor) for a in args[:2]):
             a, b = args[0], args[1]
-            return (a * b.detach().abs() + a.detach().abs() * b) / 2 if a.requires_grad and b.requires_grad else func(a, b.abs())
+            return (
+                (a * b.detach().abs() + a.detach().abs() * b) / 2
+                if a.requires_grad and b.requires_grad
+                else func(a, b.abs())
+            )
         return func(*args, **kwargs)
 
     @staticmethod
     def _batch_norm(
-        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *rest: Any, **kwargs: Any
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *rest: Any,
+        **kwargs: Any,
     ) -> Tensor:
         eps = kwargs.get("eps", rest[2] if len(rest) > 2 else 1e-5)
         scale = (torch.ones_like(var) if weight is None else weight.abs()) / (var + eps).sqrt()
@@ -150,7 +163,11 @@ def propagate(
         with AbsoluteLinear(), torch.enable_grad():
             model(x)
             response = final[-1]
-            shape = [1, -1, *[1] * (response.dim() - 2)] if response.dim() > 2 and _is_convolution(model, classifier) else [-1]
+            shape = (
+                [1, -1, *[1] * (response.dim() - 2)]
+                if response.dim() > 2 and _is_convolution(model, classifier)
+                else [-1]
+            )
             response.backward(final_scores.double().reshape(shape).expand_as(response).contiguous())
     return {group.name: _group_score(group, handed_back) for group in groups}
 
@@ -264,7 +281,7 @@ class NISP(Method):
     def rank(self, session: Session, classifier: str) -> Tensor:
         """Scores of the final responses."""
         layer = session.model.get_submodule(classifier)
-        weight = layer.weight.detach()
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
         if self.ranker == "uniform":
             return torch.ones(weight.shape[1])
         if self.ranker == "outgoing":
@@ -282,5 +299,7 @@ def final_layer(model: nn.Module, graph: ChannelGraph) -> str:
     """The classifier: the last linear layer or convolution that runs; its input is the final response layer."""
     layers = [n for n in graph.order if isinstance(model.get_submodule(n), nn.Linear | nn.Conv2d | nn.Conv1d)]
     if not layers:
-        raise ModelError(f"{type(model).__name__} ends in no linear layer or convolution, so nisp finds no final response layer")
+        raise ModelError(
+            f"{type(model).__name__} ends in no linear layer or convolution, so nisp finds no final response layer"
+        )
     return layers[-1]

@@ -91,7 +91,9 @@ class SoftFilterPruning(TrainingMethod):
     def check(self, session: Session) -> None:
         super().check(session)
         if not self.layers(session.model):
-            raise ModelError(f"{type(session.model).__name__} has no convolution for {self.name} to prune; check skip={self.skip}")
+            raise ModelError(
+                f"{type(session.model).__name__} has no convolution for {self.name} to prune; check skip={self.skip}"
+            )
 
     def layers(self, model: nn.Module) -> list[str]:
         """The convolutions that are pruned: all of more than one filter that are neither depthwise nor skipped."""

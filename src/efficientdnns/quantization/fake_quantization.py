@@ -1,4 +1,5 @@
-"""Where quantizers belong in a network, and the layers that imitate integer arithmetic while a network is calibrated or trained."""
+"""Where quantizers belong in a network, and the layers that imitate integer arithmetic while a network is calibrated
+or trained."""
 
 from __future__ import annotations
 
@@ -18,9 +19,21 @@ from efficientdnns.surgery import ChannelGraph, Node, get_module, replace_module
 from efficientdnns.surgery.trace import Inputs
 
 # What hands integers on as they are: a layer after these reads the grid of the layer before.
-KEEPS_GRID = frozenset(
-    "relu max_pool1d max_pool2d flatten view reshape unsafe_view unflatten squeeze unsqueeze permute transpose t dropout clone contiguous".split()
-)
+KEEPS_GRID = {
+    *(
+        "relu",
+        "max_pool1d",
+        "max_pool2d",
+        "flatten",
+        "view",
+        "reshape",
+        "unsafe_view",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+    ),
+    *("permute", "transpose", "t", "dropout", "clone", "contiguous"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,8 @@ class Place:
         name: path of the layer.
         norm: path of the batch norm that alone reads it, or None.
         activation: the activation that alone reads it (or its norm).
-        source: path of the layer whose output grid its input is on, or None where the input needs a quantizer of its own.
+        source: path of the layer whose output grid its input is on, or None where the input needs a quantizer of its
+            own.
         is_output: the network's output is this layer's output, which is then not quantized.
     """
 
@@ -43,14 +57,17 @@ class Place:
 
 
 def places(model: nn.Module, example_inputs: Inputs, skip: tuple[str, ...] = ()) -> tuple[list[Place], list[str]]:
-    """The layers that can be quantized, in execution order, and the names of Conv, Linear and recurrent layers that stay real.
+    """The layers that can be quantized, in execution order, and the names of Conv, Linear and recurrent layers that
+    stay real.
 
-    Left alone are layers that match ``skip`` (patterns such as ``layer1.*``), are called more or less often than once, share their
-    weights, or that no integer layer can replace (`quantizable`).
+    Left alone are layers that match ``skip`` (patterns such as ``layer1.*``), are called more or less often than once,
+    share their weights, or that no integer layer can replace (`quantizable`).
     """
     graph = ChannelGraph.trace(model, example_inputs, verify=False)
     uses = [name for node in graph.nodes for name in node.parameters]
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in model.named_parameters()
+    }
     shared = {id(model.get_parameter(name)) for name in tied}
     found: dict[str, Node] = {}
     left: list[str] = []
@@ -78,10 +95,14 @@ def places(model: nn.Module, example_inputs: Inputs, skip: tuple[str, ...] = ())
             reader = readers[end.name][0]
             activation = _activation(model, reader)
             end = reader if activation != "none" else end
-        result[name] = Place(name, norm, activation, _source(node, by_name, last), _reaches_output(end, readers, graph.outputs))
+        result[name] = Place(
+            name, norm, activation, _source(node, by_name, last), _reaches_output(end, readers, graph.outputs)
+        )
         last[end.name] = name
     dead = {place.name for place in result.values() if place.is_output}
-    ordered = [p if p.source not in dead else Place(p.name, p.norm, p.activation, None, p.is_output) for p in result.values()]
+    ordered = [
+        p if p.source not in dead else Place(p.name, p.norm, p.activation, None, p.is_output) for p in result.values()
+    ]
     return ordered, left
 
 
@@ -96,13 +117,19 @@ def _batch_norm(graph: ChannelGraph, model: nn.Module, name: str) -> str | None:
         return None
     module = get_module(model, norm)
     calls = [node.module for node in graph.nodes if node.operation == "batch_norm"].count(norm)
-    return norm if calls == 1 and isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None else None
+    return (
+        norm
+        if calls == 1 and isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        else None
+    )
 
 
 def _activation(model: nn.Module, node: Node) -> Activation:
     if node.operation == "relu":
         return "relu"
-    six = node.operation == "relu6" or (node.operation in ("hardtanh", "clamp") and isinstance(get_module(model, node.module), nn.ReLU6))
+    six = node.operation == "relu6" or (
+        node.operation in ("hardtanh", "clamp") and isinstance(get_module(model, node.module), nn.ReLU6)
+    )
     return "relu6" if six else "none"
 
 
@@ -149,14 +176,16 @@ class ActivationQuantizer(nn.Module):
 
 
 class FakeQuantizedLayer(nn.Module):
-    r"""A Conv2d or Linear with its batch norm and activation, computing in real numbers what the integer layer will compute.
+    r"""A Conv2d or Linear with its batch norm and activation, computing in real numbers what the integer layer will
+    compute.
 
-    The weight that is quantized is the folded one, :math:`\gamma w / \sqrt{EMA(\sigma^2) + \epsilon}`. The convolution's result is divided
-    by the same factor again and normalised by the live batch norm, so that the batch's own statistics train the network while the
-    quantizer sees the steady fold.
+    The weight that is quantized is the folded one, :math:`\gamma w / \sqrt{EMA(\sigma^2) + \epsilon}`. The
+    convolution's result is divided by the same factor again and normalised by the live batch norm, so that the batch's
+    own statistics train the network while the quantizer sees the steady fold.
 
-    Attributes: ``weight`` and ``bias`` are the parameters of the layer replaced, under their old names; ``norm`` its batch norm or None;
-    ``inputs`` and ``outputs`` the quantizers, None where the grid is another layer's or there is none.
+    Attributes: ``weight`` and ``bias`` are the parameters of the layer replaced, under their old names; ``norm`` its
+    batch norm or None; ``inputs`` and ``outputs`` the quantizers, None where the grid is another layer's or there is
+    none.
     """
 
     def __init__(
@@ -223,7 +252,8 @@ def prepare(
     activation_spec: QuantSpec,
     observer: Callable[[], Observer],
 ) -> dict[str, FakeQuantizedLayer]:
-    """Put a `FakeQuantizedLayer` in the place of every layer of ``plan`` (in place), and return them by name, in order."""
+    """Put a `FakeQuantizedLayer` in the place of every layer of ``plan`` (in place), and return them by name, in
+    order."""
     layers: dict[str, FakeQuantizedLayer] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -247,7 +277,9 @@ def quantizers(layers: Mapping[str, FakeQuantizedLayer]) -> Iterator[ActivationQ
         yield from (q for q in (layer.inputs, layer.outputs) if q is not None)
 
 
-def convert(model: nn.Module, plan: Sequence[Place], layers: Mapping[str, FakeQuantizedLayer], dynamic: bool = False) -> None:
+def convert(
+    model: nn.Module, plan: Sequence[Place], layers: Mapping[str, FakeQuantizedLayer], dynamic: bool = False
+) -> None:
     """Put integer layers in the places of the imitating ones (in place), with the ranges that were observed."""
     for place in plan:
         fake = layers[place.name]

@@ -1,7 +1,7 @@
 """Integer-only networks: affine 8-bit quantization of weights and activations, after training or during it.
 
-Ranges come from calibration data (static), from each batch (dynamic) or from training with imitated quantization (QAT); the layers that
-result compute in integers."""
+Ranges come from calibration data (static), from each batch (dynamic) or from training with imitated quantization
+(QAT); the layers that result compute in integers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.method import Need, Paper, TrainingMethod
 from efficientdnns.parts.observer import MovingAverage, Observer, ObserverName, make_observer
 from efficientdnns.parts.quantizer import QuantSpec
-from efficientdnns.quantization.fake_quantization import FakeQuantizedLayer, Place, convert, matches, places, prepare, quantizers
+from efficientdnns.quantization.fake_quantization import (
+    FakeQuantizedLayer,
+    Place,
+    convert,
+    matches,
+    places,
+    prepare,
+    quantizers,
+)
 from efficientdnns.session import Session
 from efficientdnns.training import Callback, Trainer
 
@@ -30,33 +38,36 @@ class Int8Quantization(TrainingMethod):
 
     .. math:: q_3 = Z_3 + M \sum_j (q_1^{(j)} - Z_1)(q_2^{(j)} - Z_2), \quad M = S_1 S_2 / S_3 = 2^{-n} M_0
 
-    with int8 inputs q1 and weights q2, an int32 accumulator to which an int32 bias of scale S1 S2 is added, a fixed-point multiplier M0 of 32
-    bits and a rounding shift n. A following ReLU or ReLU6 is the clamp to [act_min, act_max]. Batch norms are folded first. Every Conv2d
-    with zero padding and every Linear becomes an integer layer; all else, recurrent layers too, stays real and is listed in the report
-    under ``left_real``.
+    with int8 inputs q1 and weights q2, an int32 accumulator to which an int32 bias of scale S1 S2 is added, a
+    fixed-point multiplier M0 of 32 bits and a rounding shift n. A following ReLU or ReLU6 is the clamp to [act_min,
+    act_max]. Batch norms are folded first. Every Conv2d with zero padding and every Linear becomes an integer layer;
+    all else, recurrent layers too, stays real and is listed in the report under ``left_real``.
 
     - ``static`` folds, observes ``calibration_samples`` of the calibration split and converts. No training, no labels.
     - ``dynamic`` quantizes weights only; the range of a layer's input is that of each batch.
-    - ``qat`` trains with imitated quantization: gradients pass straight through inside the range and are 0 outside. Activation ranges
-      are moving averages, and are only observed for the first ``delay`` of the run. Batch norms stay alive and are imitated folded with
-      their running variance; from ``freeze_batch_norm`` on their statistics stand still.
+    - ``qat`` trains with imitated quantization: gradients pass straight through inside the range and are 0 outside.
+      Activation ranges are moving averages, and are only observed for the first ``delay`` of the run. Batch norms stay
+      alive and are imitated folded with their running variance; from ``freeze_batch_norm`` on their statistics stand
+      still.
 
-    Per-channel weights and the practice of observers follow `Krishnamoorthi, 2018 <https://arxiv.org/abs/1806.08342>`_; ``entropy``
-    is the KL calibration of S. Migacz (GTC 2017).
+    Per-channel weights and the practice of observers follow `Krishnamoorthi, 2018 <https://arxiv.org/abs/1806.08342>`_;
+    ``entropy`` is the KL calibration of S. Migacz (GTC 2017).
 
     Deviations:
-        Residual additions, concatenations and average pools run in real numbers between integer layers (their inputs lie on their
-        layers' grids, their result is quantized where the next integer layer reads it); the paper rescales in integers
-        (`parts.integer_arithmetic.quantized_add`). A layer whose output is the network's output returns its accumulators as real
-        numbers. The layers are an exact reference: they are smaller, not faster; speed comes from the runtime that one exports to.
-        QAT divides the convolution by the fold factor and normalises it by the batch (the variant of 1806.08342 without its correction
-        term, which this makes superfluous) in place of the paper's second convolution. The delay is a share of the run, not 50,000 to 2 million steps.
+        Residual additions, concatenations and average pools run in real numbers between integer layers (their inputs
+        lie on their layers' grids, their result is quantized where the next integer layer reads it); the paper rescales
+        in integers (`parts.integer_arithmetic.quantized_add`). A layer whose output is the network's output returns its
+        accumulators as real numbers. The layers are an exact reference: they are smaller, not faster; speed comes from
+        the runtime that one exports to. QAT divides the convolution by the fold factor and normalises it by the batch
+        (the variant of 1806.08342 without its correction term, which this makes superfluous) in place of the paper's
+        second convolution. The delay is a share of the run, not 50,000 to 2 million steps.
     """
 
     paper: ClassVar[Paper | None] = Paper(
         id="int8-quantization",
         title="Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-        authors="Benoit Jacob, Skirmantas Kligys, Bo Chen, Menglong Zhu, Matthew Tang, Andrew Howard, Hartwig Adam, Dmitry Kalenichenko",
+        authors="Benoit Jacob, Skirmantas Kligys, Bo Chen, Menglong Zhu, Matthew Tang, Andrew Howard, Hartwig Adam, "
+        "Dmitry Kalenichenko",
         venue="CVPR",
         year=2018,
         url="https://arxiv.org/abs/1712.05877",
@@ -66,7 +77,8 @@ class Int8Quantization(TrainingMethod):
     contract_fields: ClassVar[dict[str, Any]] = {"calibration_samples": 64}
 
     mode: Literal["static", "dynamic", "qat"] = "static"
-    """After training with calibrated ranges, after training with ranges of each batch, or quantization-aware training."""
+    """After training with calibrated ranges, after training with ranges of each batch, or quantization-aware
+    training."""
     weight_bits: Bits = 8
     """Width of a weight."""
     activation_bits: Bits = 8
@@ -76,7 +88,8 @@ class Int8Quantization(TrainingMethod):
     symmetric: bool = True
     """Weights with zero point 0 on the narrow grid (-127..127)."""
     observer: ObserverName = "mse"
-    """How 'static' turns what it saw into ranges: extremes, moving average of extremes, percentile, least squared error, least KL."""
+    """How 'static' turns what it saw into ranges: extremes, moving average of extremes, percentile, least squared
+    error, least KL."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """Percentile of the observer of that name; the rest is clipped at both ends."""
     calibration_samples: PositiveInt = 512
@@ -100,7 +113,10 @@ class Int8Quantization(TrainingMethod):
         if self.mode == "static":
             super().check(session)
         elif self.mode == "qat" and (session.task.train is None or not session.task.has_labels):
-            raise DataError(f"{self.name} with mode=qat needs labelled training data, but task '{session.task.name}' has none; write mode=static")
+            raise DataError(
+                f"{self.name} with mode=qat needs labelled training data, but task '{session.task.name}' has none; "
+                "write mode=static"
+            )
 
     def callback(self, session: Session) -> Callback:
         return QuantizationAwareTraining(self, session) if self.mode == "qat" else PostTraining(self, session)
@@ -124,11 +140,18 @@ class Int8Quantization(TrainingMethod):
         names = [name for name, _ in model.named_modules()]
         for pattern in self.skip:
             if not any(matches(name, (pattern,)) for name in names):
-                raise ConfigurationError(f"{self.name}: skip names '{pattern}', which no layer is called; write a name or a pattern like 'layer1.*'")
+                raise ConfigurationError(
+                    f"{self.name}: skip names '{pattern}', which no layer is called; "
+                    "write a name or a pattern like 'layer1.*'"
+                )
         plan, left = places(model, session.example_input, self.skip)
         if not plan:
-            raise ModelError(f"{self.name} found no layer to quantize: it takes Conv2d with zero padding and Linear, called once")
-        session.report(quantized=[place.name for place in plan], left_real=left, fused=sum(p.activation != "none" for p in plan))
+            raise ModelError(
+                f"{self.name} found no layer to quantize: it takes Conv2d with zero padding and Linear, called once"
+            )
+        session.report(
+            quantized=[place.name for place in plan], left_real=left, fused=sum(p.activation != "none" for p in plan)
+        )
         return plan
 
 
@@ -166,7 +189,8 @@ class PostTraining(Callback):
 
 
 class QuantizationAwareTraining(Callback):
-    """Trains with imitated quantization and converts at the end. Ranges are buffers of the model, so they lie in its checkpoint."""
+    """Trains with imitated quantization and converts at the end. Ranges are buffers of the model, so they lie in its
+    checkpoint."""
 
     structural = True
 
@@ -179,7 +203,11 @@ class QuantizationAwareTraining(Callback):
         method = self.method
         self.plan = method.plan(self.session, trainer.model)
         self.layers = prepare(
-            trainer.model, self.plan, method.weight_spec(), method.activation_spec(), lambda: MovingAverage(1 - method.smoothing)
+            trainer.model,
+            self.plan,
+            method.weight_spec(),
+            method.activation_spec(),
+            lambda: MovingAverage(1 - method.smoothing),
         )
 
     def batch(self, trainer: Trainer, batch: Batch) -> Batch:

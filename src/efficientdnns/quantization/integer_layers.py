@@ -1,8 +1,8 @@
 """Convolutions and linear layers in integers: int8 weights, int32 biases and an exact reference kernel.
 
-A layer quantizes its floating-point input on entry, computes in integers and returns floating-point numbers, so that it stands in any
-network whatever lies between the layers. Two layers that share a grid hand integers to each other without loss: quantizing a number
-that lies on the grid gives back its integer.
+A layer quantizes its floating-point input on entry, computes in integers and returns floating-point numbers, so that it
+stands in any network whatever lies between the layers. Two layers that share a grid hand integers to each other without
+loss: quantizing a number that lies on the grid gives back its integer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Grid = tuple[Tensor, Tensor]
 
 
 class IntegerLayer(nn.Module):
-    r"""Base of `QuantizedConv2d` and `QuantizedLinear`: :math:`q_3 = Z_3 + M \sum_j (q_1 - Z_1)(q_2 - Z_2)`, M = S1 S2 / S3.
+    r"""Base of `QuantizedConv2d` and `QuantizedLinear`: :math:`q_3 = Z_3 + M \sum_j (q_1 - Z_1)(q_2 - Z_2)`, M = S1 S2
+    / S3.
 
     Padding is with Z1, the real number 0. Only scales are stored; the fixed-point multipliers follow from them.
 
@@ -79,7 +80,9 @@ class IntegerLayer(nn.Module):
         self.register_buffer("weight_scale", torch.ones(channels))
         if not symmetric:
             self.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int8))
-        self.register_buffer("bias", torch.zeros(shape[0], dtype=torch.float32 if dynamic else torch.int32) if bias else None)
+        self.register_buffer(
+            "bias", torch.zeros(shape[0], dtype=torch.float32 if dynamic else torch.int32) if bias else None
+        )
         for name in () if dynamic else ("input", "output")[: 1 + self.options["requantized"]]:
             self.register_buffer(f"{name}_scale", torch.ones(()))
             self.register_buffer(f"{name}_zero_point", torch.zeros((), dtype=torch.int32))
@@ -87,11 +90,13 @@ class IntegerLayer(nn.Module):
         self.register_load_state_dict_post_hook(IntegerLayer._measure)
 
     @torch.no_grad()
-    def fill(self, weight: Tensor, bias: Tensor | None, inputs: Grid | None = None, outputs: Grid | None = None) -> None:
+    def fill(
+        self, weight: Tensor, bias: Tensor | None, inputs: Grid | None = None, outputs: Grid | None = None
+    ) -> None:
         """Quantize real weights and biases and set the grids (none for a dynamic layer).
 
-        The bias has the scale S1 S2. Where a channel's weights are so small that its bias would not fit 30 bits of that scale, the
-        weight scale is raised until it does; a channel of zeros costs nothing by that.
+        The bias has the scale S1 S2. Where a channel's weights are so small that its bias would not fit 30 bits of that
+        scale, the weight scale is raised until it does; a channel of zeros costs nothing by that.
         """
         scale, zero_point = scale_and_zero_point(*extremes(weight, self.weight_spec.axis), self.weight_spec)
         for name, grid in (("input", inputs), ("output", outputs)):
@@ -110,7 +115,11 @@ class IntegerLayer(nn.Module):
             self.weight_zero_point.copy_(zero_point)
         self.weight.copy_(quantize(weight, scale, zero_point, self.weight_spec).to(torch.int8))
         if self.bias is not None and bias is not None:
-            exact = bias if self.options["dynamic"] else (bias.double() / (self.input_scale.double() * scale.double())).round()
+            exact = (
+                bias
+                if self.options["dynamic"]
+                else (bias.double() / (self.input_scale.double() * scale.double())).round()
+            )
             self.bias.copy_(exact)
         self._measure()
 
@@ -145,7 +154,8 @@ class IntegerLayer(nn.Module):
         return q.to(dtype).mul_(self.output_scale.to(dtype))
 
     def accumulate(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The sums of products of whole numbers in floating point; exact because every partial sum fits the mantissa."""
+        """The sums of products of whole numbers in floating point; exact because every partial sum fits the
+        mantissa."""
         raise TypeError(f"{type(self).__name__} does not say how it multiplies")
 
     def limits(self) -> tuple[Tensor, Tensor]:
@@ -170,7 +180,8 @@ class IntegerLayer(nn.Module):
         return weight - self._per_output(self.weight_zero_point.to(dtype), weight.dim(), 0)
 
     def _fits_float32(self, device: torch.device) -> bool:
-        # Whole numbers below 2^24 add up exactly in any order. Other processors' convolutions may take detours (Winograd) that do not.
+        # Whole numbers below 2^24 add up exactly in any order. Other processors' convolutions may take detours
+        # (Winograd) that do not.
         return device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64") and self.largest_sum < 1 << 24
 
     def _measure(self, *_: Any) -> None:
@@ -196,7 +207,8 @@ class IntegerLayer(nn.Module):
 
 @rebuildable
 class QuantizedLinear(IntegerLayer):
-    """A linear layer in integers, (..., in_features) -> (..., out_features); further arguments are those of `IntegerLayer`."""
+    """A linear layer in integers, (..., in_features) -> (..., out_features); further arguments are those of
+    `IntegerLayer`."""
 
     def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
         super().__init__((out_features, in_features), **options)
@@ -248,7 +260,8 @@ class QuantizedConv2d(IntegerLayer):
 
 
 def quantizable(layer: nn.Module) -> bool:
-    """Whether an integer layer can take the place of ``layer``: a plain Conv2d with zero padding or Linear whose sums fit 32 bits."""
+    """Whether an integer layer can take the place of ``layer``: a plain Conv2d with zero padding or Linear whose
+    sums fit 32 bits."""
     if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros" and layer.weight[0].numel() * 127 * 255 < INT32_MAX
     return type(layer) is nn.Linear and layer.in_features * 127 * 255 < INT32_MAX

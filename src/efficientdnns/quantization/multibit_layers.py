@@ -1,7 +1,8 @@
 """Layers whose weights are sums of scaled sign vectors: packed for use, or latent while they are trained.
 
-A layer keeps its matrices as one byte for eight signs (``codes``) with k coefficients a row (``alpha``); the dense matrix is decoded on
-first use and kept outside the state. Its twin for training (`LatentMultiBit...`) has the ordinary float parameters under their ordinary names.
+A layer keeps its matrices as one byte for eight signs (``codes``) with k coefficients a row (``alpha``); the dense
+matrix is decoded on first use and kept outside the state. Its twin for training (`LatentMultiBit...`) has the ordinary
+float parameters under their ordinary names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ State = Any
 
 
 def quantize_rows(x: Tensor, bits: int | None, method: CodeMethod = "alternating", iterations: int = 2) -> Tensor:
-    """The binary-coded approximation of every vector along the last dimension, gradient passed unchanged; ``x`` where bits is None."""
+    """The binary-coded approximation of every vector along the last dimension, gradient passed unchanged; ``x``
+    where bits is None."""
     if bits is None:
         return x
     alpha, codes = multibit_quantize(x, bits, method=method, iterations=iterations)
@@ -39,7 +41,12 @@ class _Coded(nn.Module):
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], bits: int, activation_bits: int | None, method: CodeMethod, iterations: int
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        bits: int,
+        activation_bits: int | None,
+        method: CodeMethod,
+        iterations: int,
     ) -> None:
         super().__init__()
         self.shapes = dict(shapes)
@@ -56,7 +63,9 @@ class _Coded(nn.Module):
         o: dict[str, Any] = self.options
         for name, value in tensors.items():
             if name in self.shapes:
-                found = multibit_quantize(value, o["bits"], method=o["method"], iterations=o["iterations"], final_refit=final_refit)
+                found = multibit_quantize(
+                    value, o["bits"], method=o["method"], iterations=o["iterations"], final_refit=final_refit
+                )
                 self.get_buffer(f"{name}_alpha").copy_(found[0])
                 self.get_buffer(f"{name}_codes").copy_(pack_binary(found[1]))
             else:
@@ -91,7 +100,8 @@ class _Coded(nn.Module):
 
 @rebuildable
 class MultiBitLinear(_Coded):
-    """A linear layer of coded rows, (..., in_features) -> (..., out_features); with ``activation_bits`` its input vectors are coded too."""
+    """A linear layer of coded rows, (..., in_features) -> (..., out_features); with ``activation_bits`` its input
+    vectors are coded too."""
 
     def __init__(
         self,
@@ -112,7 +122,12 @@ class MultiBitLinear(_Coded):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None, **self.options}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            **self.options,
+        }
 
 
 @rebuildable
@@ -143,8 +158,9 @@ class MultiBitEmbedding(_Coded):
 class MultiBitRecurrent(_Coded):
     """An LSTM or GRU of coded rows, called like ``nn.LSTM`` and ``nn.GRU``.
 
-    Without ``activation_bits`` the fused kernel runs on the decoded matrices. With them every hidden state h_t is coded when it is made,
-    and the recurrence, the next layer and the output read the coded one; gates, cell states and biases stay real.
+    Without ``activation_bits`` the fused kernel runs on the decoded matrices. With them every hidden state h_t is coded
+    when it is made, and the recurrence, the next layer and the output read the coded one; gates, cell states and biases
+    stay real.
 
     Args:
         kind: "LSTM" or "GRU".
@@ -180,7 +196,8 @@ class MultiBitRecurrent(_Coded):
 
 
 class LatentMultiBit(nn.Module):
-    """The twin of a coded layer while it is trained: float parameters, coded anew at every forward pass, gradients straight through.
+    """The twin of a coded layer while it is trained: float parameters, coded anew at every forward pass, gradients
+    straight through.
 
     Args:
         layer: the Linear, Embedding, LSTM or GRU replaced; its parameters are taken over under their names.
@@ -227,7 +244,9 @@ class LatentMultiBit(nn.Module):
         return coded.train(self.training)
 
 
-def coded_layer(layer: nn.Module, bits: int, activation_bits: int | None, method: CodeMethod, iterations: int) -> _Coded:
+def coded_layer(
+    layer: nn.Module, bits: int, activation_bits: int | None, method: CodeMethod, iterations: int
+) -> _Coded:
     """An empty packed layer of the geometry of a Linear, Embedding, LSTM or GRU."""
     if isinstance(layer, nn.Linear):
         bias = layer.bias is not None
@@ -242,8 +261,11 @@ def coded_layer(layer: nn.Module, bits: int, activation_bits: int | None, method
     return MultiBitRecurrent(type(layer).__name__, bits, activation_bits, method, iterations, **arguments)
 
 
-def run_recurrent(layer: MultiBitRecurrent, tensors: Mapping[str, Tensor], x: Tensor, state: State) -> tuple[Tensor, State]:
-    """One forward pass of an LSTM or GRU with the given matrices and biases: fused, or cell by cell where hidden states are coded.
+def run_recurrent(
+    layer: MultiBitRecurrent, tensors: Mapping[str, Tensor], x: Tensor, state: State
+) -> tuple[Tensor, State]:
+    """One forward pass of an LSTM or GRU with the given matrices and biases: fused, or cell by cell where hidden states
+    are coded.
 
     ``x`` is (T, B, n), with batch_first (B, T, n), or without a batch (T, n).
     """
@@ -256,7 +278,9 @@ def run_recurrent(layer: MultiBitRecurrent, tensors: Mapping[str, Tensor], x: Te
     directions = 1 + arguments["bidirectional"]
     if state is None:
         hidden, projected = arguments["hidden_size"], arguments.get("proj_size") or arguments["hidden_size"]
-        zeros = [x.new_zeros(arguments["num_layers"] * directions, x.shape[batch_axis], size) for size in (projected, hidden)]
+        zeros = [
+            x.new_zeros(arguments["num_layers"] * directions, x.shape[batch_axis], size) for size in (projected, hidden)
+        ]
         state = tuple(zeros) if layer.kind == "LSTM" else zeros[0]
     if layer.options["activation_bits"] is not None:
         y, state = _cells(layer, arguments, tensors, x, state, batch_axis == 0)
@@ -264,7 +288,7 @@ def run_recurrent(layer: MultiBitRecurrent, tensors: Mapping[str, Tensor], x: Te
         flat = [tensors[name] for name in layer.names]
         options = (arguments["bias"], arguments["num_layers"], arguments["dropout"], layer.training)
         kernel = torch.lstm if layer.kind == "LSTM" else torch.gru
-        y, *rest = kernel(x, state, flat, *options, arguments["bidirectional"], batch_axis == 0)  # type: ignore[operator]
+        y, *rest = kernel(x, state, flat, *options, arguments["bidirectional"], batch_axis == 0)
         state = tuple(rest) if layer.kind == "LSTM" else rest[0]
     if unbatched:
         state = tuple(s.squeeze(1) for s in state) if isinstance(state, tuple) else state.squeeze(1)
@@ -273,7 +297,12 @@ def run_recurrent(layer: MultiBitRecurrent, tensors: Mapping[str, Tensor], x: Te
 
 
 def _cells(
-    layer: MultiBitRecurrent, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor], x: Tensor, state: State, batch_first: bool
+    layer: MultiBitRecurrent,
+    arguments: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    state: State,
+    batch_first: bool,
 ) -> tuple[Tensor, State]:
     """The recurrence step by step, each hidden state coded as soon as it is made."""
     steps = x.transpose(0, 1) if batch_first else x

@@ -66,7 +66,7 @@ Runs = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _run_in_float64(reference: nn.Module, other: nn.Module, arguments: Sequence[Any]) -> Runs | None:
-    """Outputs of reference, other network and reference again; None where float64 fails (constants in the code, the device)."""
+    """Outputs of reference, other and reference again; None where float64 fails (constants in the code, the device)."""
     try:
         doubled = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
         wide = clone(reference).double()  # one wide copy at a time

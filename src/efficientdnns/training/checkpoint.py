@@ -32,7 +32,9 @@ def load_state(path: Path) -> Any:
             skeleton = (file.metadata() or {})["state"]
             return _put_together(json.loads(skeleton), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"{path} is not a checkpoint of this library ({error}); delete it and run again") from None
+        raise FileFormatError(
+            f"{path} is not a checkpoint of this library ({error}); delete it and run again"
+        ) from None
 
 
 def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:

@@ -51,5 +51,7 @@ class KeepZeros(MaskedTraining):
 
     def setup(self, trainer: Trainer) -> None:
         parameters = dict(trainer.model.named_parameters())
-        self.masks = {name: (parameters[name] != 0).to(parameters[name].dtype) for name in self.names if name in parameters}
+        self.masks = {
+            name: (parameters[name] != 0).to(parameters[name].dtype) for name in self.names if name in parameters
+        }
         super().setup(trainer)

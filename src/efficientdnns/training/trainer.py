@@ -124,7 +124,11 @@ class Trainer:
     def loss(self, batch: Batch, outputs: Any) -> Tensor:
         """Task loss as the callbacks rewrite it, plus their penalties."""
         with self.accelerator.autocast():
-            loss = self.task.loss(outputs, batch.targets) if batch.targets is not None else torch.zeros((), device=self.device)
+            loss = (
+                self.task.loss(outputs, batch.targets)
+                if batch.targets is not None
+                else torch.zeros((), device=self.device)
+            )
             for callback in self._hooks["task_loss"]:
                 loss = callback.task_loss(self, batch, outputs, loss)
             for callback in self._hooks["penalty"]:
