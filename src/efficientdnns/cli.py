@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
 import efficientdnns as ed
 from efficientdnns import method as registry
 from efficientdnns.errors import ConfigurationError, EfficientDNNsError
+from efficientdnns.fit import make_accelerator
+from efficientdnns.models import check_fits
 from efficientdnns.recipe import Recipe, parse_method_text
 from efficientdnns.reproduce import recorded, reproduce_all
 from efficientdnns.run import make_model, make_task, run
@@ -87,7 +91,7 @@ def show(name: Annotated[str, typer.Argument(metavar="METHOD")], json: JsonOptio
         f"[bold]{card['title']}[/bold]\n{card['authors']}, {card['venue']} {card['year']}\n{card['url']}\n",
         highlight=False,
     )
-    console.print(card["doc"], markup=False, highlight=False)
+    console.print(card["doc"], markup=False, highlight=False, soft_wrap=True)
     table = Table("field", "type", "range", "default", "meaning", title="Fields", title_justify="left")
     for field in card["fields"]:
         table.add_row(field["name"], field["type"], field["range"], str(field["default"]), field["description"])
@@ -162,13 +166,18 @@ def measure_command(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     task: TaskOption,
     weights: WeightsOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure a network: metric, parameters, MACs, bytes, latency, memory."""
+    torch.manual_seed(seed or 0)
     the_task = make_task({"name": task})
     description: dict[str, Any] = {"name": model, **({"weights": weights} if weights else {})}
-    profile = ed.measure(make_model(description, the_task), the_task, threads=threads)
+    network = make_model(description, the_task)
+    check_fits(network, the_task)
+    profile = ed.measure(network.to(make_accelerator(device).device), the_task, threads=threads)
     if json:
         print_json(profile.model_dump())
         return
@@ -246,11 +255,15 @@ def execute(
 ) -> None:
     """Run a recipe and print its table or its report."""
     result = run(recipe, out, resume=resume, seed=seed, device=device, threads=threads, quiet=quiet or json)
+    if not PartialState().is_main_process:
+        return
     if json:
         print_json(result.report.model_dump())
-    else:
-        console.print(result.table())
-        console.print(f"written to {out}", highlight=False)
+        return
+    console.print(result.table())
+    for note in result.notes():
+        console.print(note, markup=False, highlight=False)
+    console.print(f"written to {out}", highlight=False)
 
 
 def methods_markdown(cards: list[dict[str, Any]]) -> str:

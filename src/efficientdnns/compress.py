@@ -72,6 +72,7 @@ def compress(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     original = copy.deepcopy(model).eval()
+    accelerator = make_accelerator(device, settings.mixed_precision)
     session = Session(
         model=copy.deepcopy(model),
         task=task,
@@ -79,12 +80,12 @@ def compress(
         budget=budget,
         settings=settings,
         seed=seed,
-        accelerator=make_accelerator(device, settings.mixed_precision),
-        progress=Progress(quiet=quiet),
+        accelerator=accelerator,
+        progress=Progress(quiet=quiet or not accelerator.is_main_process),
         directory=Path(checkpoints) if checkpoints else None,
     )
     check(session, steps)
-    if session.directory is not None:
+    if session.directory is not None and accelerator.is_main_process:
         session.directory.mkdir(parents=True, exist_ok=True)
         (session.directory / "recipe.json").write_text(identity)
     session.model.to(session.device)

@@ -234,7 +234,8 @@ def card(method: type[Method]) -> dict[str, Any]:
 def fields(method: type[Method]) -> Iterator[dict[str, Any]]:
     """Name, type, range, default and meaning of each field."""
     schema = method.model_json_schema()["properties"] if method.model_fields else {}
-    for name, info in method.model_fields.items():
+    shared = TrainingMethod.model_fields.keys() - method.__annotations__.keys()
+    for name, info in sorted(method.model_fields.items(), key=lambda item: item[0] in shared):  # its own fields first
         entry = schema.get(name, {})
         variants = [v for v in entry.get("anyOf", [entry]) if v.get("type") != "null"]
         first = variants[0] if variants else {}

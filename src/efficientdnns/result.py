@@ -127,10 +127,15 @@ class Result:
             table.add_row(f"budget: {line.name}", f"asked {line.asked:,.4g}", f"got {line.got:,.4g}", verdict)
         return table
 
+    def notes(self) -> list[str]:
+        """What a person should know beside the table: what was kept whole, and why."""
+        kept = [(m.id, reason) for m in self.report.methods for reason in m.findings.get("kept_whole", [])]
+        return [f"kept whole by {method}: {reason}" for method, reason in kept]
+
     def __str__(self) -> str:
         console = Console(width=110, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
         console.print(self.table())
-        return console.export_text().rstrip()
+        return "\n".join([console.export_text().rstrip(), *self.notes()])
 
     def __rich__(self) -> Table:
         return self.table()

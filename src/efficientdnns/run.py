@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from efficientdnns.compress import compress
@@ -65,7 +67,7 @@ def run(
     task = make_task(recipe.task)
     torch.manual_seed(seed)  # the network's initial weights belong to the run
     model = make_model(recipe.model, task)
-    if not resume:
+    if not resume and int(os.environ.get("RANK", "0")) == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
     # The marker is written with the first checkpoint's folder, after every check has passed.
     result = compress(
@@ -82,6 +84,9 @@ def run(
         identity=identity,
         latency=latency,
     )
-    result.save(out)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    state = PartialState()  # under `accelerate launch` every process has the result, one writes it
+    if state.is_main_process:
+        result.save(out)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    state.wait_for_everyone()
     return result

@@ -71,6 +71,10 @@ def test_messages_decode_to_the_same_tensor_across_long_runs(positions, seed):
     assert bool((message.run_lengths < 1 << 16).all())
 
 
+def test_sending_everything_leaves_nothing_to_a_sample():
+    assert torch.equal(select_sampled(torch.randn(5_000), 5_000, 0.01), torch.arange(5_000))
+
+
 def test_what_is_packed_is_what_is_counted_and_comes_back():
     values = torch.randn(200_000)
     parts = {

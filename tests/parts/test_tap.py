@@ -84,10 +84,14 @@ def test_pre_activation_block_is_read_through_the_next_batch_norm():
     x = torch.randn(2, 3, 32, 32)
     values = tap_once(model, names, x)
     assert [tuple(value.shape[1:]) for value in values.values()] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    with torch.no_grad(), Tap(model, [names[-1], "bn"]) as tap:
+    batch_norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad(), Tap(model, [*batch_norms, *names]) as tap:
         model(x)
-    assert torch.equal(values[names[-1]], tap["bn"])
-    assert not torch.equal(values[names[-1]], tap[names[-1]])
+    assert names[-1] == "bn"
+    for name in names[:-1]:
+        assert not torch.equal(values[name], tap[name]), "the block's own output has no boundary at zero"
+        assert any(values[name].equal(tap[norm]) for norm in batch_norms)
+    assert torch.equal(values["bn"], tap["bn"])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,9 @@ def test_stage_ends_are_the_last_responses_at_each_size(name, shape, sizes):
         assert (value < 0).any(), "features are read before the ReLU"
 
 
-def test_stage_names_are_the_outermost_modules():
+def test_stage_names_are_the_outermost_modules_before_the_activation():
+    assert stage_ends(build("lenet5"), torch.randn(1, 1, 28, 28)) == ["conv1", "conv2", "fc1"]
+    assert stage_ends(build("mlp", hidden=[9, 8]), torch.randn(1, 784)) == ["layers.1", "layers.3"]
     assert stage_ends(build("cifar-resnet20"), torch.randn(1, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
 
 

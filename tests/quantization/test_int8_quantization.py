@@ -85,6 +85,16 @@ def test_pruned_weights_stay_zero(trained, digits):
     assert (session.model.fc1.weight[trained.fc1.weight == 0] == 0).all()
 
 
+def test_training_keeps_the_zeros_of_pruning(trained, digits):
+    zero = torch.rand_like(trained.fc1.weight) < 0.9
+    with torch.no_grad():
+        trained.fc1.weight[zero] = 0
+    session = Session(model=trained, task=digits, original=trained, sparse={"fc1.weight"})
+    ed.Int8Quantization(mode="qat", epochs=1).apply(session)
+    assert (session.model.fc1.weight[zero] == 0).all()
+    assert session.model.fc1.weight.count_nonzero() > 0.8 * (~zero).sum()
+
+
 def rescaled(model):
     """The same function with the channels of conv2 scaled by up to 100 and the columns of fc1 by the inverse."""
     model = copy.deepcopy(model)

@@ -41,7 +41,9 @@ class TransferSet(Method):
         task = session.task
         assert task.train is not None
         if not task.train.divisible:
-            raise DataError(f"transfer-set picks samples, which the loader of task '{task.name}' cannot; give a data set")
+            raise DataError(
+                f"transfer-set picks samples, which the loader of task '{task.name}' cannot; give a data set"
+            )
         if self.omit_classes and not task.train.has_labels:
             raise DataError(f"omit_classes needs labels to know the classes, but task '{task.name}' has none")
         if self.samples is not None and self.samples > len(task.train):

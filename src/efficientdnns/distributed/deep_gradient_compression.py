@@ -140,9 +140,12 @@ class DeepGradientCompression(TrainingMethod):
         \text{send } v M,\quad v \leftarrow v (1 - M),\quad u \leftarrow u (1 - M)
 
     thr lets the share 1 - s of each tensor pass. All gather what the others sent, and every network takes the step
-    :math:`w \leftarrow w - \eta \frac1N \sum_k v_k M_k`: plain SGD, the momentum is in u. Under
-    `accelerate launch` this is a communication hook of ``DistributedDataParallel``; in one
-    process ``workers`` are simulated, each with its part of the batch. The report says what was sent: 32-bit values with 16-bit run lengths, dense tensors, warm-up, all of it.
+    :math:`w \leftarrow w - \eta \frac1N \sum_k v_k M_k`: plain SGD, the momentum is in u.
+
+    Under ``torchrun`` or ``accelerate launch`` this is a communication hook of ``DistributedDataParallel``; in one process
+    ``workers`` are simulated, each with its part of the batch. The report says what was sent: 32-bit values with 16-bit
+    run lengths, dense tensors, warm-up, all of it. (On CPUs, ``accelerate launch`` starts several processes only through
+    MPI; ``torchrun --nproc_per_node 4 -m efficientdnns run ...`` needs none.)
 
     With s = 0 and no masking this is dense SGD with momentum; with masking u is cleared in every step and it is SGD
     without.
@@ -182,7 +185,7 @@ class DeepGradientCompression(TrainingMethod):
     clip_norm: PositiveFloat | None = None
     """Largest norm of the mean gradient, kept by local clipping; None takes the training settings' limit."""
     selection: Literal["exact", "sampled"] = "sampled"
-    """Entries above a threshold that a sample gives (0.8 to 1.3 k of them), or exactly the k largest, which is slower."""
+    """Entries above a threshold that a sample gives (0.8 to 1.3 k of them), or exactly the k largest."""
     sample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Share of the entries in the sample."""
     min_dim: PositiveInt = 2

@@ -56,7 +56,7 @@ def select_sampled(
     numel = values.numel()
     # Fewer than two expected hits would make the threshold a matter of luck.
     stride = numel // max(1, math.ceil(numel * sample_ratio), math.ceil(2 * numel / count))
-    if stride < 2:
+    if stride < 2 or count >= numel:
         return select_exact(values, count)
     magnitude, share = values.abs(), 1.0
     for _ in range(10):

@@ -185,8 +185,8 @@ def stage_ends(model: nn.Module, example: Any, forward: Forward = call) -> list[
 
     A stage is all that happens at one spatial size; its end is the last activation at that size (in a network of
     pre-activation blocks that is the first one of the next block). Each activation of vectors is a stage of its own.
-    The name returned for a stage is the outermost module whose pre-activation response (see `Tap`) is that
-    activation's input. Found by running ``example`` in evaluation mode.
+    The name returned for a stage is the outermost (then the last) module whose pre-activation response (see `Tap`) is
+    that activation's input. Found by running ``example`` in evaluation mode.
 
     Raises `ModelError` if the network has no activation behind a module.
     """
@@ -198,7 +198,7 @@ def stage_ends(model: nn.Module, example: Any, forward: Forward = call) -> list[
     names = []
     for index in sorted(ends.values()):
         # A module that ran several times responds to several activations and is no name for one of them.
-        found = [name for name in tracer.done if tracer.responds.get(name) == [index]]
+        found = [name for name in reversed(tracer.done) if tracer.responds.get(name) == [index]]
         if found:
             names.append(min(found, key=lambda name: name.count(".")))
     if not names:
@@ -240,8 +240,10 @@ def _trace(model: nn.Module, example: Any, forward: Forward) -> _Tracer:
     tracer = _Tracer()
 
     def hook(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            # An activation module responds to itself; the layer before it is the better name.
+            own = tracer.last is not None and output is tracer.last[0] and not any(module.children())
+            if isinstance(output, Tensor) and not own:
                 tracer.module_done(name, output)
 
         return note

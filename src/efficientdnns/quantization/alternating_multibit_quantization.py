@@ -23,7 +23,7 @@ from efficientdnns.training import Callback, Trainer
 class AlternatingMultibitQuantization(TrainingMethod):
     r"""Alternating multi-bit quantization, `Xu et al., ICLR 2018 <https://arxiv.org/abs/1802.00150>`_.
 
-    Each row w of n weights becomes k signs vectors and k coefficients,
+    Each row w of n weights becomes k sign vectors and k coefficients,
 
     .. math:: \min_{\alpha, b} \|w - \sum_{i=1}^k \alpha_i b_i\|^2, \quad b_i \in \{-1, +1\}^n
 
@@ -40,9 +40,9 @@ class AlternatingMultibitQuantization(TrainingMethod):
     Deviations:
         Batches are independent windows with a zero initial state; the paper carries the state from window to window.
         The run lasts its epochs and does not stop where the learning rate falls below 0.001. Linear layers code their
-        own input; a hidden state that is coded already comes out as it went in. Convolutions stay real. The layers
-        multiply decoded matrices: they are smaller, not faster (`parts.binary_codes.binary_product` is the product on
-        the codes).
+        own input; a hidden state that alternation coded already comes out as it went in. Convolutions stay real. Zeros
+        of earlier pruning do not survive: a sum of signs is hardly ever 0. The layers multiply decoded matrices: they
+        are smaller, not faster (`parts.binary_codes.binary_product` is the product on the codes).
     """
 
     paper: ClassVar[Paper | None] = Paper(

@@ -187,7 +187,8 @@ class Walker:
         call = self._prepare(node, prefix, positional, keywords)
         function: Callable[..., Any] = unknown
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
-            default = pointwise if torch.Tag.pointwise in node.target.tags else unknown
+            one = not isinstance(node.meta.get("val"), (tuple, list))
+            default = pointwise if one and torch.Tag.pointwise in node.target.tags else unknown
             function = RULES.get(call.operation, default)
         if not call.shapes:
             return None
