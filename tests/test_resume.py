@@ -24,7 +24,19 @@ methods:
 
 
 def command(recipe, out, *options):
-    return [sys.executable, "-m", "efficientdnns", "run", str(recipe), "--out", str(out), "--quiet", "--threads", "1", *options]
+    return [
+        sys.executable,
+        "-m",
+        "efficientdnns",
+        "run",
+        str(recipe),
+        "--out",
+        str(out),
+        "--quiet",
+        "--threads",
+        "1",
+        *options,
+    ]
 
 
 @pytest.mark.parametrize("run", ["run-001", "run-002", "run-003"])

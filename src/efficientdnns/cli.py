@@ -271,7 +271,9 @@ def methods_markdown(cards: list[dict[str, Any]]) -> str:
     lines = ["| kind | method | paper |", "|---|---|---|"]
     for kind in registry.KINDS:
         for card in (c for c in cards if c["kind"] == kind):
-            lines.append(f"| {kind} | `{card['id']}` | [{card['title']}]({card['url']}), {card['venue']} {card['year']} |")
+            lines.append(
+                f"| {kind} | `{card['id']}` | [{card['title']}]({card['url']}), {card['venue']} {card['year']} |"
+            )
     return "\n".join(lines)
 
 
