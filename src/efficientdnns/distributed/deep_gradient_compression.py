@@ -122,11 +122,9 @@ class Worker:
 
     def load_vector(self, vector: Tensor) -> None:
         """Undo `to_vector`."""
-        tensors = [*self.u.values(), *self.v.values()]
-        if not tensors:
-            return
-        for tensor, values in zip(tensors, vector.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(values.view_as(tensor))
+        for tensor in (*self.u.values(), *self.v.values()):
+            tensor.copy_(vector[: tensor.numel()].view_as(tensor))
+            vector = vector[tensor.numel() :]
 
 
 class DeepGradientCompression(TrainingMethod):
@@ -147,8 +145,7 @@ class DeepGradientCompression(TrainingMethod):
     run lengths, dense tensors, warm-up, all of it. (On CPUs, ``accelerate launch`` starts several processes only through
     MPI; ``torchrun --nproc_per_node 4 -m efficientdnns run ...`` needs none.)
 
-    With s = 0 and no masking this is dense SGD with momentum; with masking u is cleared in every step and it is SGD
-    without.
+    With s = 0 and no masking this is dense SGD with momentum; with masking u is cleared in every step and it is SGD without.
 
     Deviations:
         The mean over workers is taken where the paper adds gradients that are divided by N already; the local clipping
