@@ -1,4 +1,4 @@
-"""The same recipe under `accelerate launch`: two processes train one network and one of them writes the result."""
+"""The same recipe in two processes (as `torchrun` or `accelerate launch` start them): they train one network, one writes it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,13 @@ methods:
 def test_two_processes_train_one_network(tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     run = ["-m", "efficientdnns", "run", str(recipe), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run([*launch, *run], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["environment"]["processes"] == 2
     assert report["after"]["params"] < 0.7 * report["before"]["params"]
     assert report["history"][7]["loss"] < 0.7 * report["history"][0]["loss"]
     assert ed.load(tmp_path / "out")(torch.zeros(1, 1, 28, 28)).shape == (1, 10)

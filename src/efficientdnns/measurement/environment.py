@@ -24,6 +24,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()

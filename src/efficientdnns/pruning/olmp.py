@@ -38,14 +38,10 @@ def layer_statistics(tensors: Sequence[Tensor]) -> tuple[float, float]:
     return float(mean), float((pooled.square().mean() - mean.square()).clamp(min=0).sqrt())
 
 
-def survives_up_to(mask: Tensor, weight: Tensor, hysteresis: tuple[float, float] = (0.9, 1.1)) -> Tensor:
-    """The threshold below which each entry stays: |w| / 0.9 where it is kept now, |w| / 1.1 where it is pruned now."""
-    return weight.abs() / torch.where(mask, *hysteresis)
-
-
 def update_mask(mask: Tensor, weight: Tensor, threshold: float, hysteresis: tuple[float, float] = (0.9, 1.1)) -> Tensor:
     """The mask after pruning at ``threshold`` a: 0 where |w| <= 0.9 a, 1 where |w| > 1.1 a, as it was in between."""
-    return survives_up_to(mask, weight, hysteresis) > threshold
+    size, (low, high) = weight.abs(), hysteresis
+    return ((size > high * threshold) | mask) & (size > low * threshold)
 
 
 def search_thresholds(
@@ -177,7 +173,7 @@ def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
 
 
 class Surgery(Callback):
-    """The run. Outside the optimizer's step the model holds w T; the whole w waits in ``whole``."""
+    """The run. The model holds w T but for the optimizer's step, which moves the whole w."""
 
     def __init__(self, method: OLMP, session: Session) -> None:
         self.method, self.session = method, session
@@ -187,10 +183,11 @@ class Surgery(Callback):
 
     def setup(self, trainer: Trainer) -> None:
         layers = _layers(trainer.model)
-        self.names = [names for _, names in layers.values()]
         self.layers = {name: parameters for name, (_, parameters) in layers.items()}
+        self.names = list(self.layers.values())
         self.parameters = {n: trainer.model.get_parameter(n) for names in self.names for n in names}
-        self.whole = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.masked = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.whole = {name: value.clone() for name, value in self.masked.items()}
         self.masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in self.whole.items()}
         self.statistics = [layer_statistics([self.whole[n] for n in names]) for names in self.names]
         self.scales = torch.full((len(layers),), START, dtype=torch.float64)
@@ -200,25 +197,24 @@ class Surgery(Callback):
         self.last_step = round(m.prune_share * trainer.total_steps)
 
     def batch(self, trainer: Trainer, batch: Batch) -> Batch:
-        if trainer.step < self.last_step:
-            active = torch.rand(len(self.gammas)) < 1 / (1 + self.gammas * trainer.step)
-            if trainer.step % self.method.search_every == 0 and int(active.sum()) > 1:
+        if trainer.step < self.last_step and trainer.step % self.method.search_every == 0:
+            active = self._active(trainer.step)
+            if int(active.sum()) > 1:
                 self._search(trainer, batch, active)
-            self.masks |= self._masks(self._limits(active), self.scales)
-            self._show(self.masks)
+            self._prune(active)
         return batch
 
     def after_backward(self, trainer: Trainer) -> None:
-        # The gradient of the masked network moves the whole weights.
+        # The gradient of the masked network moves the whole weights. Swapping storage spares two copies a step.
         if trainer.step < self.last_step:
             for name, parameter in self.parameters.items():
-                parameter.data.copy_(self.whole[name])
+                parameter.data = self.whole[name]
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step < self.last_step:
             for name, parameter in self.parameters.items():
-                self.whole[name].copy_(parameter.data)
-            self._show(self.masks)
+                parameter.data = self.masked[name]
+            self._prune(self._active(trainer.step))
         else:
             apply_masks(trainer.model, self.masks)
 
@@ -244,36 +240,39 @@ class Surgery(Callback):
         self.masks = {name: value.to(device) for name, value in state["masks"].items()}
         self.scales, self.statistics, self.searches = state["scales"], state["statistics"], state["searches"]
 
-    def _limits(self, active: Tensor) -> dict[str, tuple[int, Tensor]]:
-        """For every parameter of the active layers: number of the layer, and up to which threshold entries survive."""
-        limits = {}
-        for layer in active.nonzero().flatten().tolist():
-            for name in self.names[layer]:
-                limits[name] = layer, survives_up_to(self.masks[name], self.whole[name], self.method.hysteresis)
-        return limits
+    def _active(self, step: int) -> Tensor:
+        return torch.rand(len(self.gammas)) < 1 / (1 + self.gammas * step)
 
-    def _masks(self, limits: dict[str, tuple[int, Tensor]], scales: Tensor) -> dict[str, Tensor]:
-        """New masks at these c; the present ones are left as they are."""
-        thresholds = [mean + c * deviation for (mean, deviation), c in zip(self.statistics, scales.tolist())]
-        return {name: limit > thresholds[layer] for name, (layer, limit) in limits.items()}
+    def _prune(self, active: Tensor) -> None:
+        self.masks |= self._masks(self.scales, active)
+        self._show(self.masks)
+
+    def _masks(self, scales: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """New masks of the active layers at these c; the present ones are left as they are."""
+        masks = {}
+        for layer in active.nonzero().flatten().tolist():
+            mean, deviation = self.statistics[layer]
+            threshold = max(mean + float(scales[layer]) * deviation, 0.0)
+            for name in self.names[layer]:
+                masks[name] = update_mask(self.masks[name], self.whole[name], threshold, self.method.hysteresis)
+        return masks
 
     @torch.no_grad()
     def _show(self, masks: dict[str, Tensor]) -> None:
         """Put w T into the model."""
         for name, mask in masks.items():
             whole = self.whole[name]
-            torch.where(mask, whole, whole.new_zeros(()), out=self.parameters[name].data)
+            torch.where(mask, whole, whole.new_zeros(()), out=self.masked[name])
 
     def _search(self, trainer: Trainer, batch: Batch, active: Tensor) -> None:
         method, task = self.method, trainer.task
         data = [batch] if method.samples is None else list(self._calibration(trainer))
         total = sum(mask.numel() for mask in self.masks.values())
-        limits = self._limits(active)
-        fixed = sum(int(mask.sum()) for name, mask in self.masks.items() if name not in limits)
+        fixed = sum(int(self.masks[n].sum()) for layer, on in zip(self.names, active) if not on for n in layer)
         sign = 1.0 if task.metric.higher_is_better else -1.0
 
         def evaluate(chosen: Tensor) -> tuple[float, float]:
-            masks = self._masks(limits, self.scales.masked_scatter(active, chosen.double()))
+            masks = self._masks(self.scales.masked_scatter(active, chosen.double()), active)
             self._show(masks)
             parts = [task.metric.function(task.outputs(trainer.model, b.inputs), b.targets) for b in data]
             score = sum(float(value) for value, _ in parts) / sum(count for _, count in parts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientdnns.data.split import Batch
-from efficientdnns.errors import ConfigurationError, DataError
+from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.progress import Progress
 from efficientdnns.training.callback import Callback, overriding
 from efficientdnns.training.checkpoint import load_state, random_state, restore_random_state, save_state
@@ -207,6 +207,10 @@ class Trainer:
         taken = {id(p) for group in groups for p in group["params"]}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
         groups = ([{"params": rest}] if rest else []) + groups
+        if not groups:
+            raise ModelError(
+                f"{self.label}: a {type(self.model).__name__} has nothing to train; put this step before the one that made it"
+            )
         s = self.settings
         options: dict[str, Any] = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
         if s.optimizer in ("sgd", "nesterov"):
