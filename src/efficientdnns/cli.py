@@ -97,9 +97,9 @@ def show(name: Annotated[str, typer.Argument(metavar="METHOD")], json: JsonOptio
         table.add_row(field["name"], field["type"], field["range"], str(field["default"]), field["description"])
     console.print(table)
     if results:
-        lines = Table("run", "seed", "paper", "ours", title="Recorded results", title_justify="left")
+        lines = Table("run", "seed", "paper", "ours", "note", title="Recorded results", title_justify="left")
         for result in results:
-            lines.add_row(result["run"], str(result["seed"]), result["paper_text"], result["ours_text"])
+            lines.add_row(result["run"], str(result["seed"]), result["paper_text"], result["ours_text"], result["note"])
         console.print(lines)
 
 

@@ -31,9 +31,14 @@ def names() -> list[str]:
 
 
 def recorded(name: str) -> list[dict[str, Any]]:
-    """The recorded outcomes of reproduction ``name``; empty where nothing was recorded."""
+    """The recorded outcomes of reproduction ``name`` with the notes on their runs; empty where nothing was recorded."""
     path = folder() / f"{name}.json"
-    return json.loads(path.read_text())["results"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    notes = {
+        run["name"]: run.get("note", "") for run in yaml.safe_load((folder() / f"{name}.yaml").read_text())["runs"]
+    }
+    return [{**outcome, "note": notes.get(outcome["run"], "")} for outcome in json.loads(path.read_text())["results"]]
 
 
 def reproduce_all(
@@ -83,7 +88,6 @@ def reproduce_all(
                 "methods": [m.model_dump() for m in report.methods],
                 "seconds": time.perf_counter() - started,
                 "environment": report.environment,
-                "note": item.get("note", ""),
             }
             outcome["ours_text"] = _in_words(outcome)
             results.append(outcome)
@@ -122,7 +126,8 @@ def _in_words(outcome: dict[str, Any]) -> str:
 def _record(name: str, outcome: dict[str, Any]) -> None:
     path = folder() / f"{name}.json"
     kept = [r for r in recorded(name) if (r["run"], r["seed"]) != (outcome["run"], outcome["seed"])]
-    results = sorted([*kept, outcome], key=lambda r: (r["run"], r["seed"]))
+    results = [{k: v for k, v in r.items() if k != "note"} for r in [*kept, outcome]]
+    results.sort(key=lambda r: (r["run"], r["seed"]))
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps({"results": results}, indent=1) + "\n")
     os.replace(partial, path)

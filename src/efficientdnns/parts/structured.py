@@ -63,7 +63,7 @@ def ratio_for_budget(
             continue
 
         def cost(ratio: float, count: Callable[[Session, nn.Module], float] = count) -> float:
-            return count(session, cut(session, graph, select(ratio)))
+            return count(session, cut(session, graph, select(ratio), verify=False))
 
         ratios.append(smallest_ratio(cost, target, name=name))
     return max(ratios, default=default)
@@ -73,10 +73,10 @@ def _macs(session: Session, model: nn.Module) -> float:
     return float(count_macs(model, session.task.example_input, session.task.outputs).total)
 
 
-def cut(session: Session, graph: ChannelGraph, selection: Mapping[str, Tensor]) -> nn.Module:
+def cut(session: Session, graph: ChannelGraph, selection: Mapping[str, Tensor], verify: bool = True) -> nn.Module:
     """The session's network without the selected channels; groups with an empty selection are left alone."""
     chosen = {name: indices for name, indices in selection.items() if len(indices)}
-    return remove(session.model, session.example_input, chosen, graph) if chosen else session.model
+    return remove(session.model, session.example_input, chosen, graph, verify) if chosen else session.model
 
 
 def kept_report(graph: ChannelGraph, groups: Sequence[Group], selection: Mapping[str, Tensor]) -> dict[str, object]:

@@ -250,11 +250,11 @@ class NISP(Method):
         final_scores = self.rank(session, classifier)
         network = copy.deepcopy(session.model).double().eval()
 
-        def select(ratio: float) -> Selection:
-            return self.select(network, session, graph, groups, final_scores, classifier, ratio)
+        def some(ratio: float) -> Selection:  # what a network costs depends on how many channels stay, not on which
+            return {g.name: lowest(torch.zeros(g.size), self.ratios.get(g.name, ratio)) for g in groups}
 
-        ratio = ratio_for_budget(session, graph, select, self.pruning_ratio)
-        selection = select(ratio)
+        ratio = ratio_for_budget(session, graph, some, self.pruning_ratio)
+        selection = self.select(network, session, graph, groups, final_scores, classifier, ratio)
         session.model = cut(session, graph, selection)
         session.report(pruning_ratio=ratio, final_response_layer=classifier, **kept_report(graph, groups, selection))
         if self.epochs:
