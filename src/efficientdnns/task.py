@@ -331,7 +331,8 @@ class Task:
     def _first_input(self) -> Any:
         for split in (self.evaluation, self.train, self.calibration):
             if split is not None and len(split) > 0:
-                return first(next(split.batches(1)).inputs, 1)
+                start = split.take([0]) if split.divisible else next(split.batches(1))
+                return first(start.inputs, 1)
         raise DataError(f"task '{self.name}' has no data; give example_input= (a batch of one) so that models can run")
 
 
