@@ -23,8 +23,8 @@ from efficientdnns.session import Session
 from efficientdnns.training import TrainingSettings
 
 BATCH = 64
-FIELDS: dict[str, dict[str, float]] = {"admm-pruning": {"sparsity": 0.9}}
-"""What a method must be told beside its defaults."""
+FIELDS: dict[str, dict[str, float]] = {"admm-pruning": {"sparsity": 0.9}, "olmp": {"search_every": 10**6}}
+"""What a method is told beside its defaults; the cost of OLMP's searches depends on how many there are."""
 
 
 def by_hand(task: ed.Task) -> Callable[[], float]:

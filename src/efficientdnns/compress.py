@@ -90,6 +90,13 @@ def compress(
         (session.directory / "recipe.json").write_text(identity)
     session.model.to(session.device)
 
+    records = _run(session, steps)
+    return _measured(session, records, latency=latency, threads=threads)
+
+
+def _run(session: Session, steps: Sequence[Method]) -> list[MethodRecord]:
+    """Apply the steps in turn; what the leading `Fit` steps make is the original."""
+    untrained = session.original
     records: list[MethodRecord] = []
     for position, step in enumerate(steps):
         if not isinstance(step, Fit) and all(isinstance(earlier, Fit) for earlier in steps[:position]):
@@ -103,16 +110,21 @@ def compress(
         findings = session.findings.get(session.label, {})
         records.append(MethodRecord(id=session.label, fields=step.fields_as_data(), seconds=seconds, findings=findings))
     if all(isinstance(step, Fit) for step in steps):
-        session.original = original
+        session.original = untrained
+    return records
+
+
+def _measured(session: Session, records: list[MethodRecord], *, latency: bool, threads: int | None) -> Result:
+    """Measure before and after side by side and put the result together."""
+    task = session.task
     session.model = session.model.to("cpu").eval()
     for parameter in session.model.parameters():
         parameter.grad = None
         parameter.data += 0.0  # a mask leaves -0.0 behind, which is a value of its own to a bit-exact file
-
     pair = [session.original.to("cpu"), session.model]
     profiles, latencies = profile_many(pair, task, codecs=[None, session.codecs], latency=latency, threads=threads)
     gain = speedup(*latencies) if latencies else None
-    lines = budget.compare(*profiles)
+    lines = session.budget.compare(*profiles)
     factory = getattr(session.model, "factory", None)
     report = Report(
         model=factory["spec"] if factory else type(session.model).__name__,
@@ -122,7 +134,7 @@ def compress(
         after=profiles[1],
         budget=[line._asdict() for line in lines],
         methods=records,
-        seed=seed,
+        seed=session.seed,
         environment=environment(),
         history=session.history,
         speedup=None

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from efficientdnns.models import build
-from efficientdnns.parts.dead import remove_dead_channels, remove_dead_inputs
+from efficientdnns.parts.dead import remove_constant_channels, remove_dead_channels, remove_dead_inputs
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -67,3 +67,24 @@ def test_unread_inputs_are_dropped() -> None:
     assert smaller.fc1[1].in_features == 200
     assert smaller.fc2[1].in_features == 1
     torch.testing.assert_close(outputs(smaller, x), outputs(model, x))
+
+
+def test_constant_channels_go_and_leave_their_constants() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 5, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(180, 3),
+    )
+    model[0].weight.data[[1, 4]] = 0
+    model[0].bias.data[[1, 4]] = torch.tensor([0.7, 0.3])  # seen through padding: one stays as carrier
+    model[2].weight.data[[0, 3]] = 0
+    model[2].bias.data[[0, 3]] = torch.tensor([0.5, 0.2])  # read without padding: both go
+    x = torch.randn(4, 1, 6, 6)
+    smaller = remove_constant_channels(model, x[:1])
+    assert smaller[0].out_channels == 5
+    assert smaller[2].out_channels == 3
+    torch.testing.assert_close(smaller(x), model(x), atol=1e-5, rtol=1e-5)

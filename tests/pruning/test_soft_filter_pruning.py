@@ -140,3 +140,31 @@ def test_validation_sees_the_zeroed_network(digits, trained, monkeypatch) -> Non
 def test_a_network_without_convolutions_is_refused(digits) -> None:
     with pytest.raises(ed.ModelError, match="no convolution"):
         ed.compress(ed.models.build("lenet-300-100"), digits, [ed.SoftFilterPruning(epochs=1)], quiet=True)
+
+
+class Pointwise(nn.Module):
+    """Convolutions without bias whose constants go to a 1x1 convolution that is pruned as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6()),
+            *(nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12), nn.ReLU6()),
+            *(nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)),
+        )
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def test_layers_that_take_constants_over_are_pruned_too() -> None:
+    torch.manual_seed(0)
+    model, task = disturbed(Pointwise()), images_task()
+    result = ed.compress(
+        model, task, [ed.SoftFilterPruning(pruning_ratio=0.4, epochs=1, batch_size=16)], quiet=True, latency=False
+    )
+    findings = result.report.methods[0].findings
+    assert findings["removed"]["body.0"] == 3
+    assert result.after.params < 0.75 * result.before.params

@@ -18,9 +18,9 @@ from efficientdnns.coding.file import weights_size
 from efficientdnns.coding.kmeans import kmeans_1d
 from efficientdnns.errors import ConfigurationError
 from efficientdnns.method import Method, Need, Paper, Ratio
+from efficientdnns.parts.dead import remove_constant_channels, remove_dead_channels
 from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights
 from efficientdnns.session import Session
-from efficientdnns.surgery import ChannelGraph, absorb_constants, remove
 from efficientdnns.training import Callback, Trainer
 from efficientdnns.training.sparsity import MaskedTraining
 
@@ -122,7 +122,9 @@ class DeepCompression(Method):
         rate = self.learning_rate or session.settings.learning_rate / 10
         self.prune(session, rate)
         session.sparse |= set(layer_weights(session.model))
-        self._remove_dead_neurons(session)
+        session.model = remove_dead_channels(
+            remove_constant_channels(session.model, session.example_input), session.example_input
+        )
         pruned = self._bytes(session)
         self.share(session, rate / 10)
         names = layer_weights(session.model)
@@ -132,6 +134,7 @@ class DeepCompression(Method):
         kept = {name: int((weight != 0).sum()) / size[name] for name, weight in names.items()}
         session.report(
             kept=kept,
+            shapes={name: list(weight.shape) for name, weight in names.items()},
             bytes={"dense": dense, "pruned": pruned, "shared": packed, "coded": coded},
             ratio={"pruned": dense / pruned, "shared": dense / packed, "coded": dense / coded},
         )
@@ -178,29 +181,6 @@ class DeepCompression(Method):
             weight_decay=0.0,
             schedule="cosine",
         )
-
-    def _remove_dead_neurons(self, session: Session) -> None:
-        graph = ChannelGraph.trace(session.model, session.example_input)
-        state = dict(session.model.named_parameters())
-        squares = {name: value.detach().square() for name, value in state.items()}
-        no_inputs: dict[str, Tensor] = {}
-        no_outputs: dict[str, Tensor] = {}
-        for group in graph.groups:
-            out = group.reduce({n: v for n, v in squares.items() if v.dim() > 1}, ("out",)) == 0
-            read = group.reduce(squares, ("in",)) == 0
-            for dead, where in ((read, no_outputs), (out & ~read, no_inputs)):
-                if dead.any() and not (out | read).all():
-                    where[group.name] = dead.nonzero().flatten()
-        model = session.model
-        selection: dict[str, Tensor] = {}
-        if no_inputs:
-            model, selection, varying = absorb_constants(session.model, session.example_input, no_inputs, graph)
-            selection = {name: units for name, units in selection.items() if name not in varying}
-        for name, units in no_outputs.items():
-            selection[name] = torch.cat([selection.get(name, units[:0]), units]).unique()
-        if selection:
-            session.model = remove(model, session.example_input, selection, graph)
-        session.report(dead_neurons_removed={name: len(units) for name, units in selection.items()})
 
     @staticmethod
     def _bytes(session: Session, codecs: Mapping[str, Any] | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientdnns.surgery import ChannelGraph, Group, narrow_input, remove, zero_contributions
+from efficientdnns.surgery import ChannelGraph, Group, absorb_constants, narrow_input, remove, zero_contributions
 
 
 def remove_dead_channels(model: nn.Module, example_inputs: Any) -> nn.Module:
@@ -29,6 +29,23 @@ def remove_dead_channels(model: nn.Module, example_inputs: Any) -> nn.Module:
         if not selection:
             return model
         model = remove(model, example_inputs, selection, graph)
+
+
+def remove_constant_channels(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """Remove channels that all-zero weights make, whatever constant their bias gives: their readers take it over.
+
+    Returns:
+        A new network with the same outputs, or ``model`` itself where there are none. One channel of a group may stay to
+        carry the constant of all (see `efficientdnns.surgery.absorb_constants`).
+    """
+    graph = ChannelGraph.trace(model, example_inputs)
+    sizes = {name: parameter.detach().abs() for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    constant = {group.name: (group.reduce(sizes, ("out",)) == 0).nonzero().flatten() for group in graph.groups}
+    selection = {g.name: units for g in graph.groups if 0 < len(units := constant[g.name]) < g.size}
+    absorbed, selection, varying = absorb_constants(model, example_inputs, selection, graph)
+    selection = {name: units for name, units in selection.items() if name not in varying}
+    # Readers may have got a bias of their own, which the old graph does not know.
+    return remove(absorbed, example_inputs, selection) if selection else model
 
 
 def remove_dead_inputs(model: nn.Module, names: Iterable[str]) -> nn.Module:

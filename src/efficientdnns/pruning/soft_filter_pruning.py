@@ -149,7 +149,8 @@ class SoftPruning(Callback):
                 rows = next(m.index[:, 0] for m in group.members if m.role == "out")
                 alone[group.name] = torch.isin(rows, zero[group.name]).nonzero().flatten()
         absorbed, selection, varying = absorb_constants(model, example, alone, graph)
-        small = remove(absorbed, example, selection, graph) if selection else absorbed
+        # Traced anew: layers that took constants over may have got a bias.
+        small = remove(absorbed, example, selection) if selection else absorbed
         for name, filters in zero.items():
             if name not in alone and len(filters):
                 gone = set(filters.tolist())
