@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from efficientdnns.errors import ConfigurationError
@@ -66,4 +68,7 @@ def make_accelerator(device: str | None = None, mixed_precision: str = "no") -> 
     there: dict[str | None, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device in there and not there[device]():
         raise ConfigurationError(f"device '{device}' is not available on this machine; write cpu or auto")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Accelerate keeps device and precision for the life of a process; here every run chooses its own.
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
