@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class Message(NamedTuple):
         return HEADER_BYTES + len(self.values) * (4 + RUN_LENGTH_BITS // 8)
 
 
+@lru_cache(maxsize=4096)
 def entries_to_send(numel: int, sparsity: float) -> int:
     """max(1, ceil((1 - s) * numel)), exactly: in floating point 1 - 0.999 is more than 0.001."""
     return min(numel, max(1, math.ceil((1 - Fraction(str(sparsity))) * numel)))
