@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,16 +150,3 @@ class Session:
     def say(self, text: str) -> None:
         """One line of progress."""
         self.progress.say(f"{self.label}: {text}")
-
-    def timed(self) -> _Timer:
-        """Measure seconds of a block."""
-        return _Timer()
-
-
-class _Timer:
-    def __enter__(self) -> _Timer:
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.seconds = time.perf_counter() - self.started
