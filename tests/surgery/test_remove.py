@@ -185,25 +185,26 @@ def test_refusals_leave_the_model_untouched() -> None:
     assert model.conv1.weight.shape[0] == 6
 
 
+class Reader(nn.Module):
+    """The number of channels is part of the result, which no shape shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = conv(3, 8), conv(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(y) / y.shape[1]
+
+
 def test_a_removal_that_breaks_the_network_is_refused_with_the_group() -> None:
-    model, x = LeNet5(hard_coded=True), torch.randn(2, 1, 28, 28)
-    graph = ChannelGraph.trace(model, x, verify=False)
-    with pytest.raises(SurgeryError, match="'conv2' breaks the network"):
-        remove(model, x, {"conv1": [0], "conv2": [1]}, graph)
+    model = Reader()
+    graph = ChannelGraph.trace(model, IMAGE.float(), verify=False)
+    with pytest.raises(SurgeryError, match="'first' breaks the network"):
+        remove(model, IMAGE.float(), {"first": [0]}, graph)
 
 
 def test_silently_wrong_is_noticed() -> None:
-    class Reader(nn.Module):
-        """The number of channels is part of the result, which no shape shows."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = conv(3, 8), conv(8, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            return self.last(y) / y.shape[1]
-
     graph = ChannelGraph.trace(Reader(), IMAGE.float())
     assert graph.groups == []
     assert "differ" in graph.kept_whole[0].reason

@@ -18,6 +18,9 @@ Ids = NDArray[np.int64]
 
 Shape = tuple[int, ...]
 
+Split = tuple[str, Shape]
+"""Where a channel dimension is split, and into what: path of the module, sizes of the pieces."""
+
 
 @dataclass(frozen=True)
 class KeptWhole:
@@ -61,7 +64,14 @@ class Value:
 
 @dataclass
 class Atoms:
-    """The record that the rules write into."""
+    """The record that the rules write into.
+
+    Attributes:
+        statistics: Channels over which something is averaged: without them the statistics are those of the others.
+        carriers: For every way of splitting a channel dimension which piece carries the removable units: 0 the last
+            (positions inside every head), 1 the one before it (whole heads), ...; 0 where it is not named.
+        splits: The carrying atoms of every split.
+    """
 
     count: int = 0
     equal: list[tuple[Ids, Ids]] = field(default_factory=list)
@@ -70,6 +80,9 @@ class Atoms:
     parameters: dict[str, Value] = field(default_factory=dict)
     roles: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     gathers: dict[str, Ids] = field(default_factory=dict)
+    statistics: list[Ids] = field(default_factory=list)
+    carriers: dict[Split, int] = field(default_factory=dict)
+    splits: dict[Split, list[Ids]] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Ids:
         """New atoms, equal to nothing yet."""

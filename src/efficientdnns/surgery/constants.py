@@ -57,7 +57,7 @@ def _consumer_inputs(model: nn.Module, example_inputs: Inputs, names: set[str]) 
         for name in names
     ]
     with evaluating(model):
-        model(*as_arguments(example_inputs))
+        model(*as_arguments(example_inputs, model))
     for handle in handles:
         handle.remove()
     return seen

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,12 +63,15 @@ class Group:
         size: Number of units.
         members: Everything that loses an entry when a unit goes.
         units: Internal number of every unit.
+        in_statistics: Whether something is averaged over these channels (a layer norm, say), so that removing even a
+            channel of zeros changes what is left.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     units: NDArray[np.int64] = field(repr=False)
+    in_statistics: bool = False
 
     def reduce(self, values: Mapping[str, Tensor], roles: Iterable[str] = ("out",), reduction: str = "sum") -> Tensor:
         """Add up elementwise values (say, squared weights) over everything that belongs to each unit.
@@ -107,6 +110,11 @@ class ChannelGraph:
         exported: The exported program, or None where the module-hook fallback was used.
         source: ``"export"`` or ``"hooks"``.
         gathers: For every index buffer the unit of each position that it can point to (-1: never removed).
+        unit_of: Unit of every atom.
+        values: What the analysis knows about every node of :attr:`exported`.
+        example: The inputs of the traced run.
+        recorded: Modules whose code has sizes written into it and is replaced by its recorded graph after a removal.
+        calls: How every module was called in the traced run, once somebody asked.
     """
 
     groups: list[Group]
@@ -116,6 +124,11 @@ class ChannelGraph:
     exported: ExportedProgram | None = None
     source: str = "export"
     gathers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    unit_of: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    values: dict[torch.fx.Node, Any] = field(default_factory=dict, repr=False)
+    example: tuple[Any, ...] = field(default=(), repr=False)
+    recorded: set[str] = field(default_factory=set)
+    calls: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def trace(cls, model: nn.Module, example_inputs: Inputs, verify: bool = True) -> ChannelGraph:
@@ -206,7 +219,11 @@ def _collect(record: Record) -> ChannelGraph:
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for unit, signature in signatures.items():
         alike.setdefault(tuple(signature), []).append(unit)
+    counted = np.zeros(len(pinned), dtype=bool)
+    for ids in atoms.statistics:
+        counted[unit_of[ids]] = True
     groups = [_group(atoms, entries, unit_of, np.array(members), signature) for signature, members in alike.items()]
+    groups = [(replace(group, in_statistics=bool(counted[group.units].any())), at) for group, at in groups]
     in_group = np.isin(np.arange(len(pinned)), np.concatenate([g.units for g, _ in groups] or [np.empty(0, np.int64)]))
     gathers = {name: np.where(in_group[unit_of[ids]], unit_of[ids], -1) for name, ids in atoms.gathers.items()}
     return ChannelGraph(
@@ -217,6 +234,9 @@ def _collect(record: Record) -> ChannelGraph:
         exported=record.exported,
         source=record.source,
         gathers=gathers,
+        unit_of=unit_of,
+        values=record.values,
+        example=record.example,
     )
 
 

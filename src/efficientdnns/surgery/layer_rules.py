@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from efficientdnns.surgery.atoms import Ids, Value
-from efficientdnns.surgery.rules import UNREMOVABLE, Call, Result, overlay, rule, unknown
+from efficientdnns.surgery.rules import UNREMOVABLE, Call, Result, rule, unknown
 
 
 def _computed(call: Call, *weights: Value | None) -> bool:
@@ -95,34 +95,11 @@ def linear(call: Call) -> Result:
     x: Value = call["input"]
     weight: Value = call["weight"]
     bias: Value | None = call["bias"]
-    if _computed(call, weight, bias):
+    if _computed(call, weight):
         return unknown(call)
     call.atoms.mark(weight, 1, "in")
     call.atoms.meet([x.dims[-1], weight.dims[1]], call.why(UNREMOVABLE))
     return call.output([*x.dims[:-1], _vector(call, _rows(call, weight), bias)])
-
-
-@rule("matmul", "mm", "bmm", "addmm", "mv")
-def matmul(call: Call) -> Result:
-    """A product with a parameter is a linear layer; between two activations the summed channels stay whole."""
-    first, second = (call["mat1"], call["mat2"]) if "mat1" in call.arguments else call.values()[:2]
-    if min(len(first.shape), len(second.shape)) < 2:
-        return unknown(call)
-    if first.origin or second.origin:
-        call.atoms.mark(first, -1, "in")
-        call.atoms.mark(second, -2, "in")
-        call.atoms.meet([first.dims[-1], second.dims[-2]], call.why(UNREMOVABLE))
-        call.atoms.mark(second, -1, "out")
-        call.atoms.mark(first, -2, "out")
-    else:
-        call.keep(first.dims[-1], "it sums over the channels of two activations")
-        call.keep(second.dims[-2], "it sums over the channels of two activations")
-    batch = overlay(call, [(v.shape[:-2], v.dims[:-2]) for v in (first, second)], call.shape[:-2])
-    last = second.dims[-1]
-    bias = call["self"] if call.operation == "addmm" else None
-    if bias is not None and bias.shape[-1] == call.shape[-1]:
-        last = call.atoms.meet([last, bias.dims[-1]], call.why(UNREMOVABLE))
-    return call.output([*batch, first.dims[-2], last])
 
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm")
@@ -134,31 +111,6 @@ def batch_norm(call: Call) -> Result:
     dims[1] = _vector(call, x.dims[1], *vectors)
     results = (call.output(dims), *[Value.untracked(s) for s in call.shapes[1:]])
     return results if call.several else results[0]
-
-
-@rule("layer_norm", "native_layer_norm", "rms_norm")
-def layer_norm(call: Call) -> Result:
-    """The normalised dimensions stay whole: their statistics are taken over all channels."""
-    x: Value = call["input"]
-    kept = len(x.shape) - len(call["normalized_shape"])
-    for ids in x.dims[kept:]:
-        call.keep(ids, "it normalises over the channels")
-    for vector in (call.get("weight"), call.get("bias")):
-        if vector is not None:
-            call.atoms.pin_value(vector)
-    results = tuple(Value(s, (*x.dims[:kept], *[None] * (len(s) - kept))) for s in call.shapes)
-    return results if call.several else results[0]
-
-
-@rule("group_norm")
-def group_norm(call: Call) -> Result:
-    x: Value = call["input"]
-    for value in (call["weight"], call["bias"]):
-        if value is not None:
-            call.atoms.pin_value(value)
-    for ids in x.dims[1:]:
-        call.keep(ids, "it normalises over groups of channels")
-    return call.output([x.dims[0], *[None] * (len(x.dims) - 1)])
 
 
 @rule("prelu")

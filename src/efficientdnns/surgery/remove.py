@@ -33,8 +33,8 @@ def remove(
         example_inputs: One input tensor or a tuple of positional arguments.
         selection: What to remove, by group name.
         graph: The channel graph of ``model`` if at hand; traced otherwise.
-        verify: Compare the outputs with those of :func:`zero_contributions` (float64, 1e-9). Without it the result is
-            still run and its output shapes are compared.
+        verify: Compare the outputs with those of the network with these channels' contributions zeroed (float64, 1e-9;
+            see :mod:`~efficientdnns.surgery.reference`). Without it only the output shapes are compared.
 
     Returns:
         A new network: sliced parameters, buffers and gradients, module attributes (``out_channels``, ``num_features``,
@@ -44,14 +44,13 @@ def remove(
         SurgeryError: An unknown group, a position out of range, all units of a group, or a network that fails after the
             removal (the message names the module).
     """
-    from efficientdnns.surgery.verify import failing_among, mismatch
+    from efficientdnns.surgery.verify import failing_among, tried
 
     graph = graph or ChannelGraph.trace(model, example_inputs)
     plan = checked_selection(selection, graph)
-    smaller = sliced(model, plan, graph)
-    reason = mismatch(model, smaller, plan, graph, example_inputs, exact=verify)
-    if reason is not None:
-        culprits = failing_among(model, example_inputs, graph, plan) or dict.fromkeys(plan, reason)
+    smaller, reason = tried(model, plan, graph, example_inputs, exact=verify)
+    if reason is not None or smaller is None:
+        culprits = failing_among(model, example_inputs, graph, plan) or dict.fromkeys(plan, str(reason))
         name, reason = next(iter(culprits.items()))
         raise SurgeryError(
             f"removing channels of {name!r} breaks the network: {reason}; leave this group out of the selection"
@@ -63,7 +62,9 @@ def zero_contributions(model: nn.Module, selection: Selection, graph: ChannelGra
     """A copy of the full network in which nothing reads the selected channels: their columns in every consumer are
     zero.
 
-    This is what removal is measured against: the smaller network must give the same outputs.
+    The smaller network must give the same outputs, unless the channels take part in statistics
+    (``Group.in_statistics``), which are those of the channels that are left; see
+    :func:`~efficientdnns.surgery.reference.reference_outputs`.
     """
     copied = clone(model)
     tensors = tensors_of(copied)
@@ -99,10 +100,11 @@ def checked_selection(selection: Selection, graph: ChannelGraph) -> dict[str, Te
     return plan
 
 
-def clone(model: nn.Module) -> nn.Module:
-    """A deep copy; raises SurgeryError where the network cannot be copied."""
+def clone(model: nn.Module, instead: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy, with other tensors in place of those whose id is named; raises SurgeryError where the network cannot
+    be copied."""
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(instead or {}))
     except Exception as error:
         raise SurgeryError(
             f"the network cannot be copied ({error}): keep only parameters, buffers and plain values in it"
@@ -111,26 +113,25 @@ def clone(model: nn.Module) -> nn.Module:
 
 def sliced(model: nn.Module, plan: Mapping[str, Tensor], graph: ChannelGraph) -> nn.Module:
     """A copy of the network without the units of ``plan``, not yet tried."""
-    copied = clone(model)
-    for old, new in zip(model.parameters(), copied.parameters(), strict=True):  # deep copies have no gradients
-        new.grad = None if old.grad is None else old.grad.clone()
-    tensors = tensors_of(copied)
-    gone: dict[tuple[str, int], list[Tensor]] = {}
+    tensors = tensors_of(model)
+    gone: dict[str, dict[int, list[Tensor]]] = {}
     removed = [np.empty(0, dtype=np.int64)]
     for name, units in plan.items():
         group = graph.group(name)
         removed.append(group.units[units.numpy()])
         for member in group.members:
-            gone.setdefault((member.tensor, member.dim), []).append(member.index[units].reshape(-1))
-    changed: set[int] = set()
-    for (name, dim), positions in gone.items():
-        tensor = tensors[name]
-        kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        kept[torch.cat(positions)] = False
-        _cut(tensor, dim, kept.nonzero().flatten())
-        changed.add(id(tensor))
+            gone.setdefault(member.tensor, {}).setdefault(member.dim, []).append(member.index[units].reshape(-1))
+    cut: dict[int, Tensor] = {}  # given to the copy in place of the wide ones, which are never copied
+    for name, dims in gone.items():
+        cut[id(tensors[name])] = _cut(tensors[name], {dim: torch.cat(positions) for dim, positions in dims.items()})
     for name, pointed in graph.gathers.items():
-        _renumber(tensors[name], torch.from_numpy(~np.isin(pointed, np.concatenate(removed))))
+        index = cut.get(id(tensors[name]), tensors[name])
+        cut[id(tensors[name])] = _renumbered(index, torch.from_numpy(~np.isin(pointed, np.concatenate(removed))))
+    copied = clone(model, cut)
+    for old, new in zip(model.parameters(), copied.parameters(), strict=True):  # deep copies have no gradients
+        if id(old) not in cut:
+            new.grad = None if old.grad is None else old.grad.clone()
+    changed = {id(tensor) for tensor in cut.values()}
     for module in copied.modules():
         own = [*module._parameters.values(), *module._buffers.values()]
         if any(id(tensor) in changed for tensor in own):
@@ -138,21 +139,27 @@ def sliced(model: nn.Module, plan: Mapping[str, Tensor], graph: ChannelGraph) ->
     return copied
 
 
-def _cut(tensor: Tensor, dim: int, kept: Tensor) -> None:
-    """Shrink a tensor in place, so that every reference to it (ties, recurrent weight lists) sees the change."""
-    gradient = tensor.grad
-    tensor.grad = None
-    kept = kept.to(tensor.device)
-    tensor.data = tensor.data.index_select(dim, kept)
-    if gradient is not None:
-        tensor.grad = gradient.index_select(dim, kept)
+def _cut(tensor: Tensor, gone: Mapping[int, Tensor]) -> Tensor:
+    """A narrower parameter (or buffer) with its gradient."""
+
+    def without(values: Tensor) -> Tensor:
+        for dim, positions in gone.items():
+            kept = torch.ones(values.shape[dim], dtype=torch.bool)
+            kept[positions] = False
+            values = values.index_select(dim, kept.nonzero().flatten().to(values.device))
+        return values
+
+    narrow = without(tensor.detach())
+    if isinstance(tensor, nn.Parameter):
+        narrow = nn.Parameter(narrow, tensor.requires_grad)
+        narrow.grad = None if tensor.grad is None else without(tensor.grad)
+    return narrow
 
 
-def _renumber(index: Tensor, kept: Tensor) -> None:
-    """Make an index buffer point to the same channels after the removed ones are gone."""
-    if not bool(kept.all()):
-        new = torch.cumsum(kept, 0) - 1
-        index.data = new.to(index.device, index.dtype)[index.data % len(kept)]
+def _renumbered(index: Tensor, kept: Tensor) -> Tensor:
+    """An index buffer that points to the same channels after the removed ones are gone."""
+    new = torch.cumsum(kept, 0) - 1
+    return new.to(index.device, index.dtype)[index % len(kept)]
 
 
 def _fit_attributes(module: nn.Module) -> None:
@@ -165,6 +172,10 @@ def _fit_attributes(module: nn.Module) -> None:
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         known = module.running_mean if module.running_mean is not None else module.weight
         own.num_features = known.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        own.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        own.num_channels = len(module.weight)
     elif isinstance(module, nn.Embedding):
         own.embedding_dim = module.weight.shape[1]
     elif isinstance(module, nn.PReLU):

@@ -2,14 +2,14 @@
 
 A rule gets a :class:`Call` and returns a :class:`~efficientdnns.surgery.atoms.Value` (or a tuple of them). To teach the
 engine an operation, write one function here and decorate it with ``@rule("name", ...)``. Layers with parameters are in
-:mod:`~efficientdnns.surgery.layer_rules`, those that move channels in :mod:`~efficientdnns.surgery.shape_rules`; an
-operation without a rule keeps its channels whole and is listed.
+:mod:`~efficientdnns.surgery.layer_rules`, those that move channels in :mod:`~efficientdnns.surgery.shape_rules` and
+:mod:`~efficientdnns.surgery.block_rules`; an operation without a rule keeps its channels whole and is listed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -171,42 +171,17 @@ RULES.update(
     {f"{kind}_pool{n}d": resample for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)}
 )
 RULES.update({f"max_pool{n}d_with_indices": resample for n in (1, 2, 3)})
-RULES.update(
-    {
-        f"upsample_{how}": resample
-        for how in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d")
-    }
+INTERPOLATIONS = (
+    *("nearest1d", "nearest2d", "nearest3d", "nearest_exact1d", "nearest_exact2d", "nearest_exact3d"),
+    *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "bilinear2d_aa", "bicubic2d_aa"),
 )
+RULES.update({f"{mark}upsample_{how}": resample for mark in ("", "_") for how in INTERPOLATIONS})
 
 
 @rule(
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "prod",
-    "var",
-    "std",
-    "norm",
-    "linalg_vector_norm",
-    "logsumexp",
-    "argmax",
-    "argmin",
-    "any",
-    "all",
+    *("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"),
+    *("flip", "roll", "sort", "argsort", "topk"),
 )
-def reduction(call: Call) -> Result:
-    """Reduced dimensions stay whole (nothing weighs their channels), the others pass."""
-    value: Value = call.values()[0]
-    gone = axes(call.get("dim"), len(value.shape))
-    for d in gone:
-        call.keep(value.dims[d], "it reduces over the channels")
-    if call.get("keepdim", False):
-        return call.output([None if d in gone else ids for d, ids in enumerate(value.dims)])
-    return call.output([ids for d, ids in enumerate(value.dims) if d not in gone])
-
-
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "flip", "roll", "sort", "topk")
 def along(call: Call) -> Result:
     """Operations that mix or reorder positions of some dimensions and pass the others."""
     value: Value = call.values()[0]
@@ -216,6 +191,60 @@ def along(call: Call) -> Result:
     dims = tuple(None if d in mixed else ids for d, ids in enumerate(value.dims))
     results = tuple(Value(shape, dims) for shape in call.shapes)
     return results if call.several else results[0]
+
+
+@rule("einsum")
+def einsum(call: Call) -> Result:
+    """A sum of products over one letter of two tensors is a matrix product; an equation for one tensor reorders it."""
+    left, _, right = call["equation"].replace(" ", "").partition("->")
+    tensors: list[Value] = list(call["tensors"])
+    labels = left.split(",")
+    if "." in left or any(len(set(own)) < len(own) for own in labels) or len(labels) > 2 or not right:
+        return unknown(call)
+    if len(labels) == 1:
+        value = tensors[0]
+        for letter in set(left) - set(right):
+            call.keep(value.dims[left.index(letter)], "it reduces over the channels")
+        return call.output([value.dims[left.index(letter)] for letter in right])
+    first, second = labels
+    summed = (set(first) & set(second)) - set(right)
+    if len(summed) != 1 or (set(first) | set(second)) - summed != set(right):
+        return unknown(call)
+    rows = [letter for letter in first if letter not in second] or ["."]  # "." is a dimension of size 1
+    columns = [letter for letter in second if letter not in first] or ["."]
+    batch = [letter for letter in first if letter in second and letter in right]
+    outer = [*batch, *rows[:-1], *columns[:-1]]
+    one = _arranged(tensors[0], first, [*outer, rows[-1], *summed])
+    other = _arranged(tensors[1], second, [*outer, *summed, columns[-1]])
+    result = [*outer, rows[-1], columns[-1]]
+    sizes = dict(zip(right, call.shape)) | {".": 1}
+    inner = replace(
+        call,
+        operation="matmul",
+        arguments={"self": one, "other": other},
+        shapes=(tuple(sizes[letter] for letter in result),),
+    )
+    product = RULES["matmul"](inner)
+    if not isinstance(product, Value):
+        return unknown(call)
+    return call.output([product.dims[result.index(letter)] for letter in right])
+
+
+def _arranged(value: Value, letters: str, order: list[str]) -> Value:
+    """A view of a tensor with its dimensions in this order; those that it does not have are of size 1."""
+    places = [letters.index(letter) if letter in letters else None for letter in order]
+    shape = tuple(1 if d is None else value.shape[d] for d in places)
+    dims = tuple(None if d is None else value.dims[d] for d in places)
+    if value.origin is None:
+        return Value(shape, dims)
+    own = tuple(-1 if d is None else value.origin[1][d] for d in places)
+    return Value(shape, dims, (value.origin[0], own))
+
+
+@rule("outer", "ger")
+def outer(call: Call) -> Result:
+    """Every channel of one vector beside every channel of the other."""
+    return call.output([value.dims[0] for value in call.values()[:2]])
 
 
 @rule("to", "type_as")

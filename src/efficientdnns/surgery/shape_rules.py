@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import numpy as np
 import torch
 
-from efficientdnns.surgery.atoms import Ids, Shape, Value
+from efficientdnns.surgery import block_rules  # noqa: F401  (it registers its rules)
+from efficientdnns.surgery.atoms import Ids, Value
 from efficientdnns.surgery.rules import UNREMOVABLE, Call, Result, axes, rule, unknown
 
 
@@ -32,93 +32,12 @@ def _permuted(call: Call, order: list[int]) -> Value:
     return Value(call.shape, tuple(value.dims[d] for d in order), origin)
 
 
-@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as", "reshape_as")
-def reshape(call: Call) -> Result:
-    """Merge and split dimensions.
-
-    Merging repeats the atoms of the channel dimension (a channel becomes a block of features). Splitting a channel
-    dimension ties the positions that share the last index, so that the tensor stays a box: view(n, groups, channels //
-    groups) removes the same channel of every group.
-    """
-    value: Value = call.values()[0]
-    dims: list[Ids | None] = []
-    for old, new in segments(value.shape, call.shape):
-        dims += _regroup(call, [(value.shape[d], value.dims[d]) for d in old], [call.shape[d] for d in new])
-    return call.output(dims)
-
-
-def segments(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """Smallest runs of dimensions of the two shapes that hold the same number of elements."""
-    if 0 in old:
-        return [(list(range(len(old))), list(range(len(new))))]
-    runs: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        if j < len(new) and new[j] == 1 and not (i < len(old) and old[i] == 1):
-            runs.append(([], [j]))
-            j += 1
-            continue
-        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
-        if left and old[i] == 1 and not (right and new[j] == 1):
-            right = []
-        i, j = i + len(left), j + len(right)
-        while right and prod(old[d] for d in left) != prod(new[d] for d in right):
-            if prod(old[d] for d in left) < prod(new[d] for d in right):
-                left.append(i)
-                i += 1
-            else:
-                right.append(j)
-                j += 1
-        runs.append((left, right))
-    return runs
-
-
-def _regroup(call: Call, old: list[tuple[int, Ids | None]], new: list[int]) -> list[Ids | None]:
-    if len(old) == 1 and len(new) == 1:
-        return [old[0][1]]
-    for size, ids in old:
-        if size == 1:
-            call.atoms.pin(ids)
-    old, slots = [(n, ids) for n, ids in old if n > 1], [j for j, n in enumerate(new) if n > 1]
-    result: list[Ids | None] = [None] * len(new)
-    if not any(ids is not None for _, ids in old):
-        return result
-    if len(old) > 1 and len(slots) > 1:
-        for _, ids in old:
-            call.keep(ids, "it merges and splits dimensions at once")
-    elif len(slots) == 1:
-        result[slots[0]] = _merge(call, old)
-    else:
-        for j, ids in zip(slots, _split(call, old[0][1], [new[j] for j in slots]), strict=True):
-            result[j] = ids
-    return result
-
-
-def _merge(call: Call, old: list[tuple[int, Ids | None]]) -> Ids | None:
-    carriers = [d for d, (_, ids) in enumerate(old) if ids is not None]
-    for d in carriers[:-1]:
-        call.keep(old[d][1], "it merges two dimensions that both carry channels")
-    ids = old[carriers[-1]][1]
-    assert ids is not None
-    before, after = prod(n for n, _ in old[: carriers[-1]]), prod(n for n, _ in old[carriers[-1] + 1 :])
-    return np.tile(np.repeat(ids, after), before)
-
-
-def _split(call: Call, ids: Ids | None, sizes: list[int]) -> list[Ids | None]:
-    assert ids is not None
-    table = ids.reshape(sizes)
-    result: list[Ids | None] = [None] * len(sizes)
-    for d in range(
-        len(sizes)
-    ):  # the way back from a merge: all positions along the other dimensions are one channel already
-        rows = np.moveaxis(table, d, 0).reshape(sizes[d], -1)
-        if (rows == rows[:, :1]).all():
-            result[d] = rows[:, 0]
-            return result
-    rows = table.reshape(-1, sizes[-1])
-    call.atoms.same(rows, rows[:1])
-    result[-1] = rows[0]
-    return result
+@rule("movedim", "moveaxis")
+def movedim(call: Call) -> Result:
+    rank = len(call["self"].shape)
+    moved, places = axes(call["source"], rank), axes(call["destination"], rank)
+    rest = iter(d for d in range(rank) if d not in moved)
+    return _permuted(call, [moved[places.index(d)] if d in places else next(rest) for d in range(rank)])
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -206,30 +125,35 @@ def pad(call: Call) -> Result:
 
 @rule("slice", "narrow")
 def slices(call: Call) -> Result:
-    """A slice of equal pieces ties the pieces (as chunk does); any other slice has channel numbers written in the
-    code."""
+    """A slice of equal pieces ties the pieces (as chunk does); any other slice passes the channels that it picks."""
     value: Value = call["self"]
     d = (call.get("dim") or 0) % len(value.shape)
     total, length = value.shape[d], call.shape[d]
-    start = call.get("start") or 0
+    start, step = call.get("start") or 0, call.get("step") or 1
     start = max(start + total, 0) if start < 0 else start
     dims, ids = list(value.dims), value.dims[d]
     if ids is not None and length != total:
-        equal_pieces = length > 1 and total % length == 0 and start % length == 0 and call.get("step", 1) == 1
-        dims[d] = _pieces(call, ids, [length] * (total // length))[start // length] if equal_pieces else None
-        if not equal_pieces:
+        if length > 1 and total % length == 0 and start % length == 0 and step == 1:
+            dims[d] = _pieces(call, ids, [length] * (total // length))[start // length]
+        elif step == 1 and length > 0:
+            dims[d] = ids[start : start + length]
+        else:
             call.keep(ids, "the numbers of its channels are written in the code")
-    return call.output(dims)
+            dims[d] = None
+    return Value(call.shape, tuple(dims), value.origin)
 
 
 def _pieces(call: Call, ids: Ids, sizes: list[int]) -> list[Ids | None]:
-    """Cut a channel dimension; equal pieces lose the same positions so that they stay equal."""
-    if len(set(sizes)) > 1:
-        call.keep(ids, "it cuts the channels into unequal pieces whose sizes are written in the code")
+    """Cut a channel dimension: equal pieces lose the same positions so that they stay equal, pieces whose sizes are
+    listed in the code lose their own."""
+    if len(set(sizes)) == 1:
+        table = ids.reshape(len(sizes), -1)
+        call.atoms.same(table, table[:1])
+        return list(table)
+    if call.operation != "split_with_sizes":
+        call.keep(ids, "it cuts the channels into unequal pieces")
         return [None] * len(sizes)
-    table = ids.reshape(len(sizes), -1)
-    call.atoms.same(table, table[:1])
-    return list(table)
+    return list(np.split(ids, np.cumsum(sizes)[:-1]))
 
 
 @rule("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split", "tensor_split")
@@ -240,7 +164,9 @@ def chunk(call: Call) -> Result:
     sizes = [shape[d] for shape in call.shapes]
     pieces: list[Ids | None] = [None] * len(sizes) if ids is None else _pieces(call, ids, sizes)
     others = list(value.dims)
-    return tuple(Value(s, (*others[:d], p, *others[d + 1 :])) for s, p in zip(call.shapes, pieces, strict=True))
+    return tuple(
+        Value(s, (*others[:d], p, *others[d + 1 :]), value.origin) for s, p in zip(call.shapes, pieces, strict=True)
+    )
 
 
 @rule("select", "unbind")
@@ -260,11 +186,38 @@ def index_select(call: Call) -> Result:
 
 @rule("index")
 def index(call: Call) -> Result:
-    """``x[:, buffer]`` along one dimension is index_select; other indexing keeps its channels."""
+    """``x[:, buffer]`` along one dimension is index_select; otherwise the dimensions that are not indexed pass."""
+    value: Value = call["self"]
     given = [(d, i) for d, i in enumerate(call["indices"]) if i is not None]
     if len(given) == 1 and len(given[0][1].shape) == 1:
-        return _gather(call, call["self"], *given[0])
-    return unknown(call)
+        return _gather(call, value, *given[0])
+    places = [d for d, _ in given]
+    shape = np.broadcast_shapes(*(i.shape for _, i in given))
+    at = places[0] if places == list(range(places[0], places[-1] + 1)) else 0  # indices apart from each other go first
+    rest: list[tuple[int, Ids | None]] = [(n, value.dims[d]) for d, n in enumerate(value.shape) if d not in places]
+    result = [*rest[:at], *[(n, None) for n in shape], *rest[at:]]
+    if tuple(n for n, _ in result) != call.shape:  # a mask
+        return unknown(call)
+    for d in places:
+        call.keep(value.dims[d], "the numbers of its channels are not an integer buffer of the model")
+    for _, indices in given:
+        call.atoms.pin_value(indices)
+    return call.output([ids for _, ids in result])
+
+
+@rule("gather")
+def gather(call: Call) -> Result:
+    """Positions along ``dim`` are picked by number; the other dimensions lie on those of the index."""
+    value: Value = call["self"]
+    picked: Value = call["index"]
+    d = call["dim"] % len(value.shape)
+    call.keep(value.dims[d], "the numbers of its channels are not an integer buffer of the model")
+    if any(n != value.shape[at] for at, n in enumerate(call.shape) if at != d):
+        return unknown(call)
+    pairs = zip(value.dims, picked.dims)
+    return call.output(
+        [one if at == d else call.atoms.meet([ids, one], call.why(UNREMOVABLE)) for at, (ids, one) in enumerate(pairs)]
+    )
 
 
 def _gather(call: Call, value: Value, dim: int, index: Value) -> Result:
@@ -277,14 +230,15 @@ def _gather(call: Call, value: Value, dim: int, index: Value) -> Result:
     ids, rest = value.dims[d], (value.dims[:d], value.dims[d + 1 :])
     entries = index.dims[0]
     numbers = call.tensors[index.origin[0]] if index.origin else None
-    if entries is None or index.origin is None or numbers is None or numbers.dtype not in (torch.int64, torch.int32):
+    integers = numbers is not None and numbers.dtype in (torch.int64, torch.int32) and numbers.shape == index.shape
+    if entries is None or index.origin is None or numbers is None or not integers:
         call.keep(ids, "the numbers of its channels are not an integer buffer of the model")
         return call.output([*rest[0], None, *rest[1]])
     ids = call.atoms.constant(value.shape[d]) if ids is None else ids
     known = call.atoms.gathers.setdefault(index.origin[0], ids)
     if known is not ids and not np.array_equal(known, ids):
-        for whole in (known, ids, entries):
-            call.keep(whole, "one index buffer reads from two different places")
+        for kept in (known, ids, entries):
+            call.keep(kept, "one index buffer reads from two different places")
     source = ids[numbers.cpu().numpy() % len(ids)]
     tied = np.array([atom not in call.atoms.constants for atom in source.tolist()], dtype=bool)
     call.atoms.same(entries[tied], source[tied])
@@ -300,17 +254,3 @@ def glu(call: Call) -> Result:
     if ids is not None:
         dims[d] = _pieces(call, ids, [len(ids) // 2] * 2)[0]
     return call.output(dims)
-
-
-@rule("pixel_shuffle")
-def pixel_shuffle(call: Call) -> Result:
-    """Each block of r*r channels becomes one channel."""
-    value: Value = call["self"]
-    *batch, channels, height, width = value.dims
-    for ids in (height, width):
-        call.keep(ids, "positions along this dimension are mixed")
-    if channels is not None:
-        table = channels.reshape(call.shape[-3], -1)
-        call.atoms.same(table, table[:, :1])
-        channels = table[:, 0]
-    return call.output([*batch, channels, None, None])

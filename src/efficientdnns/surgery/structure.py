@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientdnns.errors import FileFormatError, ModelError, suggest
+from efficientdnns.surgery.recorded import RecordedForward, kind_of, play
 
 Spec = dict[str, Any]
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -124,6 +125,8 @@ def describe(model: nn.Module) -> Spec:
 
 def _spec(module: nn.Module) -> Spec | None:
     """Type and constructor arguments; None where the module cannot be rebuilt."""
+    if isinstance(module, RecordedForward):  # described by what differs inside it
+        return None
     kind = type(module).__name__
     spec: Spec
     if _REGISTERED.get(kind) is type(module):
@@ -204,15 +207,15 @@ def difference(model: nn.Module, reference: nn.Module) -> Spec:
     """What distinguishes the structure of ``model`` from that of ``reference``, as JSON-able data.
 
     Returns:
-        ``{"modules": {path: spec}, "removed": [path], "attributes": {path: {name: value}}, "tensors": {name: {"shape",
-        "dtype"[, "values"]}}, "tied": [[name, ...]]}``, empty entries left out. ``tensors`` are parameters and buffers
-        that modules of the user's own classes hold themselves; integer buffers outside the state dict come with their
-        values.
+        ``{"modules": {path: spec}, "removed": [path], "recorded": {path: program}, "attributes": {path: {name: value}},
+        "tensors": {name: {"shape", "dtype"[, "values"]}}, "tied": [[name, ...]]}``, empty entries left out.
+        ``tensors`` are parameters and buffers that modules of the user's own classes hold themselves; integer buffers
+        outside the state dict come with their values.
 
     Raises:
         ModelError: A module that differs and cannot be rebuilt, by path.
     """
-    delta: Spec = {"modules": {}, "removed": [], "attributes": {}, "tensors": {}, "tied": []}
+    delta: Spec = {"modules": {}, "removed": [], "recorded": {}, "attributes": {}, "tensors": {}, "tied": []}
     _compare(model, reference, "", delta)
     if delta["modules"]:
         delta["tied"] = _ties(model)
@@ -220,10 +223,9 @@ def difference(model: nn.Module, reference: nn.Module) -> Spec:
 
 
 def _compare(model: nn.Module, reference: nn.Module | None, path: str, delta: Spec) -> None:
-    if type(model) is type(reference):
-        assert reference is not None
+    if reference is not None and kind_of(model) is kind_of(reference):
         spec = None if type(model) in _CONTAINERS.values() else _spec(model)
-        if spec is not None:
+        if spec is not None and (spec != _spec(reference) or _shapes(model) == _shapes(reference)):
             if spec != _spec(reference):
                 delta["modules"][path] = spec
             return
@@ -231,6 +233,8 @@ def _compare(model: nn.Module, reference: nn.Module | None, path: str, delta: Sp
         for name, child in model.named_children():
             _compare(child, children.pop(name, None), _join(path, name), delta)
         delta["removed"] += [_join(path, name) for name in children]
+        if isinstance(model, RecordedForward) and getattr(reference, "program", None) != model.program:
+            delta["recorded"][path] = model.program
         _compare_own(model, reference, path, delta)
         return
     spec = _spec(model)
@@ -241,6 +245,10 @@ def _compare(model: nn.Module, reference: nn.Module | None, path: str, delta: Sp
             f"module {name!r} ({kind}) cannot be saved as data: give it config() and the decorator @rebuildable"
         )
     delta["modules"][path] = spec
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, tensor.shape) for name, tensor in module.state_dict().items()]
 
 
 def _compare_own(model: nn.Module, reference: nn.Module, path: str, delta: Spec) -> None:
@@ -293,9 +301,12 @@ def apply_difference(reference: nn.Module, delta: Spec) -> nn.Module:
         FileFormatError: A description that does not fit ``reference`` or names an unknown type.
     """
     model = reference
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    own = (t.device for t in [*model.parameters(), *model.buffers()] if not t.is_meta)
+    device = next(own, torch.device("cpu"))
     for path, spec in delta.get("modules", {}).items():
-        new = _build(spec, path).to(device)
+        new = _build(spec, path)
+        if not any(t.is_meta for t in [*new.parameters(), *new.buffers()]):
+            new = new.to(device)
         if not path:
             return new.train(model.training)
         parent, name = _owner(model, path)
@@ -304,6 +315,8 @@ def apply_difference(reference: nn.Module, delta: Spec) -> nn.Module:
     for path in delta.get("removed", []):
         parent, name = _owner(model, path)
         parent._modules.pop(name, None)
+    for path, program in delta.get("recorded", {}).items():
+        play(_module(model, path), program)
     for path, attributes in delta.get("attributes", {}).items():
         owner = _module(model, path)
         for name, value in attributes.items():

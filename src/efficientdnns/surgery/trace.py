@@ -6,10 +6,11 @@ are, one by one, and tensors are followed between them by identity; whatever the
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from efficientdnns.errors import SurgeryError
-from efficientdnns.surgery import layer_rules, shape_rules  # noqa: F401  (they register their rules)
-from efficientdnns.surgery.atoms import Atoms, KeptWhole, Shape, Value
+from efficientdnns.surgery import layer_rules, mixing_rules, reshape_rules, shape_rules  # noqa: F401  (they register)
+from efficientdnns.surgery.atoms import Atoms, KeptWhole, Shape, Split, Value
 from efficientdnns.surgery.rules import RULES, Call, pointwise, unknown
 
-Inputs = Tensor | Sequence[Any]
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,25 @@ class Record:
     outputs: tuple[str, ...] = ()
     exported: ExportedProgram | None = None
     source: str = "export"
+    values: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    example: tuple[Any, ...] = ()
 
 
-def as_arguments(example_inputs: Inputs) -> tuple[Any, ...]:
-    """The positional arguments of one forward pass."""
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+def as_arguments(example_inputs: Inputs, model: nn.Module | None = None) -> tuple[Any, ...]:
+    """The positional arguments of one forward pass; inputs by name are put in the order of ``model.forward``."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if not isinstance(example_inputs, Mapping):
+        return tuple(example_inputs)
+    if model is None:
+        raise SurgeryError("inputs by name need the network they are for; give a tuple of positional arguments")
+    try:
+        bound = inspect.signature(model.forward).bind(**example_inputs)
+    except TypeError as error:
+        raise SurgeryError(f"the network does not run on the example input: {error}") from error
+    last = max(i for i, name in enumerate(bound.signature.parameters) if name in example_inputs)
+    bound.apply_defaults()
+    return tuple(bound.arguments[name] for name in list(bound.signature.parameters)[: last + 1])
 
 
 @contextmanager
@@ -93,39 +108,118 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 def trace_network(model: nn.Module, example_inputs: Inputs) -> Record:
     """Run the analysis; raises SurgeryError where the network cannot even run on the example."""
-    arguments = as_arguments(example_inputs)
-    record = Record()
+    arguments = as_arguments(example_inputs, model)
     with evaluating(model):
         try:
             model(*arguments)
         except Exception as error:
             raise SurgeryError(f"the network does not run on the example input: {first_line(error)}") from error
-        walker = Walker(record, tensors_of(model), canonical_names(model))
+        tensors, canonical = tensors_of(model), canonical_names(model)
         try:
-            record.exported = export(model, arguments)
+            program, arguments = export_any_batch(model, arguments)
+            record = _walked(program, arguments, tensors, canonical, {})
         except Exception as error:  # torch.export raises many kinds; the reason is listed
-            record.source = "hooks"
-            _trace_modules(model, arguments, walker, first_line(error))
+            record = Record(source="hooks", example=arguments)
+            _trace_modules(model, arguments, Walker(record, tensors, canonical), first_line(error))
             return record
-        placeholders = [Value.untracked(x.shape) if isinstance(x, Tensor) else x for x in tree_leaves(arguments)]
-        results = walker.walk(record.exported, "", placeholders, [f"input{n}" for n in range(len(placeholders))])
-        record.outputs = tuple(name for _, name in results)
-        for value, _ in results:
-            if isinstance(value, Value):
-                record.atoms.pin_value(value)
+        carriers: dict[Split, int] = {}
+        for _ in range(MOST_WALKS):
+            other = _other_carriers(record.atoms, carriers)
+            if other == carriers:
+                break
+            carriers = other
+            record = _walked(program, arguments, tensors, canonical, carriers)
+        return record
+
+
+MOST_WALKS = 8
+"""How often the graph is walked at most to find what carries the removable units where channels are split."""
+
+
+def _walked(
+    program: ExportedProgram,
+    arguments: tuple[Any, ...],
+    tensors: dict[str, Tensor],
+    canonical: dict[str, str],
+    carriers: dict[Split, int],
+) -> Record:
+    record = Record(atoms=Atoms(carriers=carriers), exported=program, example=arguments)
+    walker = Walker(record, tensors, canonical)
+    placeholders = [Value.untracked(x.shape) if isinstance(x, Tensor) else x for x in tree_leaves(arguments)]
+    results = walker.walk(program, "", placeholders, [f"input{n}" for n in range(len(placeholders))])
+    record.outputs = tuple(name for _, name in results)
+    for value, _ in results:
+        if isinstance(value, Value):
+            record.atoms.pin_value(value)
     return record
 
 
-def export(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> ExportedProgram:
-    """torch.export without its warnings and logs."""
+def _other_carriers(atoms: Atoms, carriers: dict[Split, int]) -> dict[Split, int]:
+    """What to try next: in every module whose splits keep all channels whole another piece of its last such split."""
+    if not atoms.splits:
+        return carriers
+    unit_of, pinned = atoms.resolve()
+    stuck: dict[str, list[Split]] = {}
+    for split, carrying in atoms.splits.items():
+        if any(pinned[unit_of[ids]].all() for ids in carrying):
+            stuck.setdefault(split[0], []).append(split)
+    other = dict(carriers)
+    for splits in stuck.values():
+        for split in reversed(splits):
+            if carriers.get(split, 0) < len(split[1]) - 1:
+                other[split] = carriers.get(split, 0) + 1
+                break
+    return other
+
+
+def export_any_batch(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, tuple[Any, ...]]:
+    """Export for any batch size where the network allows it, and the example that was used (a batch of two).
+
+    Sizes that follow the batch are then computed in the graph and not written into it.
+    """
+    from efficientdnns.measurement.inference import with_batch
+
+    leaves = tree_leaves(arguments)
+    if leaves and all(isinstance(x, Tensor) and x.dim() > 0 for x in leaves):
+        try:
+            wider = arguments if all(x.shape[0] > 1 for x in leaves) else with_batch(arguments, 2)
+            return export(model, wider, dynamic=True), wider
+        except Exception:  # it pins its batch size (or cannot be exported at all: that is found next)
+            pass
+    return export(model, arguments), arguments
+
+
+def export(
+    model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None, dynamic: bool = False
+) -> ExportedProgram:
+    """torch.export without its warnings and logs; ``dynamic``: the first dimension of every tensor may vary."""
+    shapes = tree_map(lambda _: {0: torch.export.Dim.AUTO}, arguments) if dynamic else None
+    with quietly(), plain_attention():
+        return torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the logs and warnings of torch's tracers: what fails there is tried another way or listed."""
     disabled = logging.root.manager.disable
     try:
-        logging.disable(logging.ERROR)  # a failing export dumps its whole graph
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()), torch.enable_grad():
+        logging.disable(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
-            return torch.export.export(model, arguments, keywords, strict=False)
+            yield
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention modules compute operation by operation, not in their fused kernel, which checks and shows nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def first_line(error: BaseException) -> str:
@@ -168,11 +262,14 @@ class Walker:
                         name = lazy[source]
                         values[source] = self.record.atoms.parameter(name, tuple(self.tensors[name].shape))
                 values[node] = self._call(node, prefix, values)
-                known[node] = self._note(node, prefix, known, lazy)
+                if _shapes(node):
+                    known[node] = self._note(node, prefix, known, lazy)
             elif node.op == "output":
                 for source in node.all_input_nodes:
                     if source in lazy:
                         values[source] = self.record.atoms.parameter(lazy[source], _shapes(source)[0])
+                if self.record.exported is program:
+                    self.record.values = values
                 return [
                     (values.get(x), known.get(x, "")) if isinstance(x, torch.fx.Node) else (x, "")
                     for x in tree_leaves(node.args)
@@ -180,6 +277,9 @@ class Walker:
         return []
 
     def _call(self, node: torch.fx.Node, prefix: str, values: dict[torch.fx.Node, Any]) -> Any:
+        number = node.meta.get("val")
+        if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+            return hint(number)  # a size that is computed in the graph
         positional: Any = torch.fx.node.map_arg(node.args, lambda n: values.get(n))
         keywords: Any = torch.fx.node.map_arg(node.kwargs, lambda n: values.get(n))
         if node.target is operator.getitem:
@@ -211,7 +311,7 @@ class Walker:
         self, node: torch.fx.Node, prefix: str, known: dict[torch.fx.Node, str], lazy: dict[torch.fx.Node, str]
     ) -> str:
         sources = node.all_input_nodes
-        if node.target is operator.getitem:
+        if node.target is operator.getitem and sources[0] in known:
             return known[sources[0]]
         name = join(prefix, node.name)
         inputs = tuple(known[n] for n in sources if n in known)
@@ -241,10 +341,19 @@ def join(prefix: str, name: str) -> str:
     return ".".join(part for part in (prefix, name) if part)
 
 
+def hint(number: Any) -> Any:
+    """What a symbolic number was in the traced run; SurgeryError where it depends on the values of tensors."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return number
+    if number.node.hint is None:
+        raise SurgeryError("sizes depend on the values of tensors")
+    return number.node.hint
+
+
 def _shapes(node: torch.fx.Node) -> tuple[Shape, ...]:
     value = node.meta.get("val")
     tensors = value if isinstance(value, (tuple, list)) else (value,)
-    return tuple(tuple(n if isinstance(n, int) else -1 for n in t.shape) for t in tensors if isinstance(t, Tensor))
+    return tuple(tuple(int(hint(n)) for n in t.shape) for t in tensors if isinstance(t, Tensor))
 
 
 @dataclass
@@ -295,6 +404,8 @@ def _trace_modules(model: nn.Module, arguments: tuple[Any, ...], walker: Walker,
         for hook in hooks:
             hook.remove()
     _pin_uncovered(model, programs, walker)
+    for ids in atoms.statistics:  # what is left of a statistic can only be checked on a whole graph
+        atoms.pin(ids, KeptWhole("", "forward", "statistics over these channels cannot be followed without a graph"))
     for tensor in tree_leaves(output):
         if id(tensor) in values:
             atoms.pin_value(values[id(tensor)][0])

@@ -7,32 +7,202 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map
 
 from efficientdnns.surgery.graph import ChannelGraph
+from efficientdnns.surgery.recorded import RecordedForward, Unrecordable, kind_of, record, signatures, written_in
+from efficientdnns.surgery.reference import reference_outputs
 from efficientdnns.surgery.remove import clone, sliced, zero_contributions
-from efficientdnns.surgery.trace import Inputs, as_arguments, evaluating, first_line
+from efficientdnns.surgery.resize import Sizes
+from efficientdnns.surgery.trace import Inputs, as_arguments, evaluating, first_line, hint, plain_attention, quietly
 
 Plan = Mapping[str, Tensor]
 
 
-def mismatch(
-    model: nn.Module, smaller: nn.Module, plan: Plan, graph: ChannelGraph, example_inputs: Inputs, exact: bool = True
-) -> str | None:
-    """Why ``smaller`` is not ``model`` without the channels of ``plan``, or None where it is.
+def tried(
+    model: nn.Module, plan: Plan, graph: ChannelGraph, example_inputs: Inputs, exact: bool = True
+) -> tuple[nn.Module | None, str | None]:
+    """Remove the units of ``plan``: the smaller network, and why it is not right (None where it is).
 
     Outputs are compared in float64 to 1e-9 of their size, or to 1e-3 in the network's own dtype where its code cannot
-    run in float64.
+    run in float64. Modules in whose code sizes are written run their recorded graph where that makes it right.
     """
-    reference = zero_contributions(model, plan, graph) if exact else model
-    return differing(reference, smaller, example_inputs, exact)
+    smaller, reason = settled(model, plan, graph, example_inputs)
+    if smaller is not None and exact:
+        reason = mismatch(model, smaller, plan, graph, example_inputs)
+        if reason is not None and graph.exported is not None:  # a size in its code makes it compute something else
+            again, _ = settled(model, plan, graph, example_inputs, everywhere=True)
+            if again is not None and mismatch(model, again, plan, graph, example_inputs) is None:
+                smaller, reason = again, None
+    if smaller is not None and reason is None:
+        graph.recorded |= {name for name, module in smaller.named_modules() if isinstance(module, RecordedForward)}
+    return smaller, reason
+
+
+def mismatch(
+    model: nn.Module, smaller: nn.Module, plan: Plan, graph: ChannelGraph, example_inputs: Inputs
+) -> str | None:
+    """Why ``smaller`` is not ``model`` without the channels of ``plan``, or None where it is."""
+    if graph.exported is None:
+        return differing(zero_contributions(model, plan, graph), smaller, example_inputs)
+    probe = probed(graph.example)
+    for dtype, allowed in ((torch.float64, 1e-9), (None, 1e-3)):
+        try:
+            expected = reference_outputs(model, plan, graph, probe, dtype)
+            network = smaller if dtype is None else clone(smaller, _widened(smaller))
+            got = _run(network, [x.to(dtype) if dtype and _floats(x) else x for x in probe])
+        except (RuntimeError, TypeError) as error:
+            reason = f"the new network does not run ({first_line(error)})"
+            continue
+        if [t.shape for t in expected] != [t.shape for t in got]:
+            return f"its outputs change shape from {_shapes(expected)} to {_shapes(got)}"
+        distance = _distance(expected, got)
+        if distance > allowed:
+            again = _run(network, [x.to(dtype) if dtype and _floats(x) else x for x in probe])
+            if _distance(got, again) <= allowed:  # a network with randomness in eval mode cannot be compared
+                return f"its outputs differ by {distance:.1e} from those of the full network without them"
+        return None
+    return reason
+
+
+def _floats(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _widened(model: nn.Module) -> dict[int, Tensor]:
+    """For every floating-point tensor of a network one in float64, for a copy that never holds both."""
+    wide: dict[int, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            double = tensor.detach().double()
+            wide[id(tensor)] = nn.Parameter(double, False) if isinstance(tensor, nn.Parameter) else double
+    return wide
+
+
+def probed(example: Sequence[Any]) -> list[Any]:
+    """Inputs like ``example`` with random numbers, so that zeros in it hide nothing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x: Any) -> Any:
+        return torch.randn(x.shape, generator=generator).to(x) if _floats(x) else x
+
+    return [tree_map(noise, x) for x in example]
+
+
+def settled(
+    model: nn.Module, plan: Plan, graph: ChannelGraph, example_inputs: Inputs, everywhere: bool = False
+) -> tuple[nn.Module | None, str | None]:
+    """The smaller network such that it runs and keeps its output shapes, or why that cannot be.
+
+    It is tried without computing anything. A module that fails because a size is written in its code runs its recorded
+    graph instead, then its caller where it cannot be recorded; ``everywhere``: every module with a changed size does.
+    """
+    smaller = sliced(model, plan, graph)
+    if graph.exported is None:
+        return (smaller, None) if (why := _outputs_change(model, smaller, example_inputs)) is None else (None, why)
+    sizes = Sizes(graph, plan)
+    written = written_in(graph, sizes)
+    attempt = _Recordings(model, smaller, graph, sizes)
+    for path in written if everywhere else [p for p in written if p in graph.recorded]:
+        attempt.record(path)
+    for _ in range(len(list(model.modules()))):
+        failed = trial(smaller, graph)
+        if failed is None:
+            return smaller, None
+        path, reason = failed
+        kind = kind_of(smaller.get_submodule(path))
+        alike = {path} | {p for p in written if kind_of(smaller.get_submodule(p)) is kind}
+        if not everywhere and any([attempt.rename(p, written.get(p, {})) for p in alike]):
+            continue
+        if not any([attempt.record(p) for p in alike]):
+            return None, f"the new network does not run ({reason})"
+    return None, "the new network does not run"
+
+
+class _Recordings:
+    """Modules of one smaller network that run their recorded graphs."""
+
+    def __init__(self, model: nn.Module, smaller: nn.Module, graph: ChannelGraph, sizes: Sizes) -> None:
+        self.model, self.smaller, self.sizes = model, smaller, sizes
+        self.calls = graph.calls = graph.calls or signatures(model, graph)
+        self.done: set[str] = set()
+        self.attributes: dict[str, dict[str, int]] = {}
+        self.inline: set[str] = set()
+
+    def rename(self, path: str, sizes: dict[int, int]) -> bool:
+        """Set the plain attributes of a module that hold a written size (``hidden_dim``); False where none does or that
+        did not help before."""
+        module = self.smaller.get_submodule(path)
+        if path in self.attributes or path in self.done:
+            for name, value in self.attributes.pop(path, {}).items():
+                setattr(module, name, value)
+            return False
+        plain = {n: v for n, v in vars(module).items() if type(v) is int and v in sizes and not n.startswith("_")}
+        self.attributes[path] = plain
+        for name, value in plain.items():
+            setattr(module, name, sizes[value])
+        return bool(plain)
+
+    def record(self, path: str) -> bool:
+        """Record a module, or the next one around it that can be; False where nothing is left to try."""
+        while path in self.done and path:
+            self.inline.add(path)
+            path = path.rpartition(".")[0]
+        while path not in self.done:
+            try:
+                record(self.model, self.smaller, path, self.sizes, self.inline, self.calls)
+            except Unrecordable:
+                self.inline.add(path)
+                if not path:
+                    return False
+                path = path.rpartition(".")[0]
+            else:
+                self.done.add(path)
+                parent = self.smaller.get_submodule(path.rpartition(".")[0])
+                if isinstance(parent, nn.TransformerEncoderLayer):  # its fast path reads the attention's tensors itself
+                    self.inline.add(path)
+                    return self.record(path.rpartition(".")[0])
+                return True
+        return False
+
+
+def trial(smaller: nn.Module, graph: ChannelGraph) -> tuple[str, str] | None:
+    """Run a network without computing anything: the path of the module that fails and why, or None where none does."""
+    stack: list[str] = []
+    paths = {module: path for path, module in smaller.named_modules()}
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    handles = [module.register_forward_pre_hook(lambda m, _: stack.append(paths[m])) for module in paths]
+    handles += [module.register_forward_hook(leave) for module in paths]
+    try:
+        with evaluating(smaller), quietly(), plain_attention(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, graph.example)
+            output = smaller(*fake)
+    except Exception as error:
+        return (stack[-1] if stack else ""), first_line(error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert graph.exported is not None
+    end = next(node for node in graph.exported.graph.nodes if node.op == "output")
+    expected = [tuple(hint(n) for n in x.meta["val"].shape) for x in tree_leaves(end.args) if isinstance(x, Node)]
+    got = [tuple(x.shape) for x in tree_leaves(output) if isinstance(x, Tensor)]
+    return None if expected == got else ("", f"its outputs change shape from {expected} to {got}")
+
+
+def _outputs_change(model: nn.Module, smaller: nn.Module, example_inputs: Inputs) -> str | None:
+    return differing(model, smaller, example_inputs, exact=False)
 
 
 def differing(
     reference: nn.Module, other: nn.Module, example_inputs: Inputs, exact: bool = True, allowed: float = 1e-9
 ) -> str | None:
     """How the outputs of two networks differ (in shape only, unless ``exact``), or None up to ``allowed``."""
-    arguments = as_arguments(example_inputs)
+    arguments = as_arguments(example_inputs, reference)
     try:
         expected, got = _run(reference, arguments), _run(other, arguments)
     except Exception as error:
@@ -110,7 +280,7 @@ def failing_among(model: nn.Module, example_inputs: Inputs, graph: ChannelGraph,
 
     def trial(names: list[str]) -> str | None:
         part = {name: plan[name] for name in names}
-        return mismatch(model, sliced(model, part, graph), part, graph, example_inputs) if part else None
+        return tried(model, part, graph, example_inputs)[1] if part else None
 
     def search(names: list[str], reason: str) -> dict[str, str]:
         if len(names) == 1:
