@@ -88,3 +88,15 @@ def test_constant_channels_go_and_leave_their_constants() -> None:
     assert smaller[0].out_channels == 5
     assert smaller[2].out_channels == 3
     torch.testing.assert_close(smaller(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_zeros_in_the_statistics_of_a_norm_stay() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[2:4] = 0
+        model[0].bias[2:4] = 0
+        model[2].weight[:, 2:4] = 0
+    x = torch.randn(4, 6)
+    smaller = remove_dead_channels(model, x)
+    torch.testing.assert_close(smaller(x), model(x))
+    assert smaller[0].out_features == 8

@@ -16,7 +16,8 @@ def remove_dead_channels(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     A channel is dead if all weights that read it are zero, or if all weights and biases that make it are zero and the
     network gives the same outputs without it (it does not where an activation turns 0 into something else). At least
-    one channel of every group stays.
+    one channel of every group stays. Channels that a layer norm averages over stay: without a zero its statistics
+    are others.
 
     Returns:
         A new network with the same outputs, or ``model`` itself where nothing is dead.
@@ -66,6 +67,8 @@ def remove_dead_inputs(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def _dead(model: nn.Module, group: Group, graph: ChannelGraph, example_inputs: Any) -> Tensor:
+    if group.in_statistics:
+        return torch.empty(0, dtype=torch.long)
     sizes = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
     roles = {member.role for member in group.members}
     dead = torch.zeros(group.size, dtype=torch.bool)

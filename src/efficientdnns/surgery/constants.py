@@ -29,7 +29,7 @@ def absorb_constants(
 
     Returns:
         The rewritten copy (not yet narrower), the selection without the carriers, and the names of groups whose channels
-        are not constant at some reader (for those nothing was moved).
+        are not constant at some reader or take part in the statistics of a norm (for those nothing was moved).
     """
     copied = clone(model)
     plan = checked_selection(selection, graph)
@@ -40,7 +40,7 @@ def absorb_constants(
         units = plan[group.name]
         members = [m for m in group.members if m.role == "in"]
         values = {m.tensor: _constants(copied, m, units, inputs, tolerance) for m in members}
-        if any(value is None for value in values.values()):
+        if group.in_statistics or any(value is None for value in values.values()):
             varying.append(group.name)
             continue
         carriers = _absorb(copied, members, units, values)
