@@ -82,6 +82,9 @@ class Method(BaseModel):
     needs: ClassVar[frozenset[Need]] = frozenset()
     budgets: ClassVar[frozenset[str]] = frozenset()
     """Budget limits that the method can solve for: of ``macs``, ``params``, ``bytes``, ``latency``."""
+    in_place: ClassVar[bool] = True
+    """Whether ``apply`` may write into the network's tensors. A method that only puts new tensors or modules in their
+    places, or writes after `Session.train` alone, says False: the network then keeps sharing memory with the original."""
     contract_fields: ClassVar[dict[str, Any]] = {}
     """Small values with which the contract tests run the method on digits in seconds."""
 
@@ -107,6 +110,12 @@ class Method(BaseModel):
             raise DataError(f"{self.name} needs training data, but task '{task.name}' has none; give a train split")
         if "calibration data" in self.needs and task.calibration is None:
             raise DataError(f"{self.name} needs calibration inputs, but task '{task.name}' has none")
+
+    def check_network(self, session: Session) -> None:
+        """Raise what the network itself tells: names that fit no layer, a budget out of reach.
+
+        Called before any work, but only where the steps before this one leave the structure alone.
+        """
 
     def apply(self, session: Session) -> None:
         """Do the work: change ``session.model``, train through ``session.train``, report through ``session.report``."""
@@ -179,6 +188,10 @@ class Together(Method):
     def check(self, session: Session) -> None:
         for method in self.methods:
             method.check(session)
+
+    def check_network(self, session: Session) -> None:
+        for method in self.methods:
+            method.check_network(session)
 
     def apply(self, session: Session) -> None:
         train_together(session, self.methods)

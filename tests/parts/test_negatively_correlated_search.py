@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efficientdnns.parts.negatively_correlated_search import EDGE, NegativelyCorrelatedSearch
+from efficientdnns.parts.negatively_correlated_search import EDGE, NegativelyCorrelatedSearch, RandomSearch
 
 
 def minimise(kind: type[NegativelyCorrelatedSearch], seed: int) -> NegativelyCorrelatedSearch:
@@ -49,3 +49,15 @@ def test_offspring_stay_within_the_bounds_and_the_best_is_kept() -> None:
 def test_same_generator_same_search() -> None:
     a, b = (minimise(NegativelyCorrelatedSearch, 3) for _ in range(2))
     assert torch.equal(a.best, b.best)
+
+
+def test_random_search_covers_the_box_and_keeps_the_best() -> None:
+    search = RandomSearch(torch.full((3,), 4.0), 48.0, bounds=(-1.0, 5.0), population=200)
+    asked = search.ask().clone()
+    assert -1 <= asked.min() < -0.9
+    assert 4.9 < asked.max() <= 5
+    search.tell(asked.square().sum(1))
+    assert search.best_fitness == pytest.approx(asked.square().sum(1).min().item())
+    assert search.best.square().sum().item() == pytest.approx(search.best_fitness)
+    search.tell(torch.full((200,), 1e9))
+    assert search.best_fitness < 48

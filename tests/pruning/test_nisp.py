@@ -164,6 +164,25 @@ def test_cuts_every_layer_and_beats_random(trained, digits) -> None:
     assert result.after.metric.value > 40  # random channels leave about a fifth right
 
 
+def test_controls_rank_by_size_or_by_chance(trained, digits) -> None:
+    weight = trained.fc1.weight.detach().clone()
+
+    def kept(importance: str, seed: int = 0) -> torch.Tensor:
+        method = ed.NISP(ratios={"conv1": 0, "conv2": 0}, pruning_ratio=0.5, importance=importance)
+        result = ed.compress(trained, digits, [method], seed=seed, quiet=True, latency=False)
+        small = result.model.fc1.weight.detach()
+        return (weight[:, None] == small[None]).all(2).any(1)
+
+    norms, by_size = weight.abs().sum(1), kept("l1")
+    assert by_size.sum() == len(weight) - len(weight) // 2
+    assert norms[~by_size].max() <= norms[by_size].min()
+    by_chance = kept("random")
+    assert by_chance.sum() == by_size.sum()
+    assert torch.equal(by_chance, kept("random"))
+    assert not torch.equal(by_chance, kept("random", seed=1))
+    assert not torch.equal(kept("propagated"), by_size)
+
+
 @pytest.mark.parametrize("budget", ["macs=0.5", "params=0.3", "macs=0.6,params=0.3"])
 def test_meets_budgets(trained, digits, budget) -> None:
     result = ed.compress(trained, digits, [ed.NISP()], budget=budget, quiet=True, latency=False)

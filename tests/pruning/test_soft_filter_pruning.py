@@ -36,7 +36,7 @@ def test_exactly_the_weakest_filters_are_zeroed(norm) -> None:
     method = ed.SoftFilterPruning(pruning_ratio=0.3, norm=norm)
     weights = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
     callback = SoftPruning(method, session_of(model, images_task()))
-    callback.layers = method.layers(model)
+    callback.kept = method.plan(callback.session, model)
     callback.prune(model)
     for layer, before, count in ((model[0], weights[0], 3), (model[2], weights[1], 2)):
         zero = (layer.weight.flatten(1) == 0).all(1)
@@ -72,6 +72,26 @@ def test_zeroed_filters_are_trained_and_may_return(digits) -> None:
     assert all(moved)
     assert all(mask.sum() == 4 for mask in chosen)
     assert any(not torch.equal(chosen[0], later) for later in chosen[1:])
+
+
+def test_hard_pruning_never_lets_a_filter_return(digits) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 10))
+    norms = filter_norms(model[0].weight.detach())
+    first = torch.isin(torch.arange(8), norms.argsort()[:4])
+    zero: list[torch.Tensor] = []
+
+    class Watch(ed.Callback):
+        def after_step(self, trainer):
+            zero.append((model[0].weight.flatten(1) == 0).all(1))
+
+    session = session_of(model, digits)
+    callback = SoftPruning(ed.SoftFilterPruning(pruning_ratio=0.5, soft=False), session)
+    session.train([callback, Watch()], epochs=3, learning_rate=0.1)
+    assert all(torch.equal(mask, first) for mask in zero)
+    again = SoftPruning(callback.method, session)
+    again.load_state_dict(callback.state_dict())
+    assert torch.equal(again.masks["0.weight"].flatten(1).any(1), ~first)
+    assert session.model[0].out_channels == 4
 
 
 class Residual(nn.Module):

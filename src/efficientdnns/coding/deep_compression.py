@@ -5,27 +5,35 @@ The three stages multiply, and the result is a file that decodes to exactly the 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from efficientdnns.budget import Plan, most
 from efficientdnns.coding.codecs import DeepCompressionCodec
 from efficientdnns.coding.file import weights_size
 from efficientdnns.coding.kmeans import kmeans_1d
 from efficientdnns.errors import ConfigurationError
+from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.method import Method, Need, Paper, Ratio
+from efficientdnns.parts.budgets import costs, limits_of, meet, require_reachable
 from efficientdnns.parts.dead import remove_constant_channels, remove_dead_channels
 from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights
+from efficientdnns.parts.sparse_budgets import AIM, coded_size, trim
 from efficientdnns.session import Session
 from efficientdnns.training import Callback, Trainer
 from efficientdnns.training.sparsity import MaskedTraining
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 IndexBits = Annotated[int, Field(ge=2, le=16)]
+POWER, STEPS = 4.0, 4000
+"""Largest power of the kept shares that a budget is solved with, and the steps in which it falls to 0."""
 
 
 def adjusted_dropout(rate: float, connections_after: int, connections_before: int) -> float:
@@ -52,6 +60,9 @@ class DeepCompression(Method):
     3. *Code*: relative indices of ``index_bits`` with fillers, Huffman codes for cluster ids and gaps; the tables are in
        the file.
 
+    Under a budget the kept shares of all layers are raised to one power, which is found on the network as it is before the
+    first and again before the last round of pruning.
+
     Biases stay as they are. The report gives the bytes after each stage, each of a file that was written and decoded.
 
     Deviations:
@@ -70,6 +81,7 @@ class DeepCompression(Method):
     )
     kind: ClassVar[str] = "coding"
     needs: ClassVar[frozenset[Need]] = frozenset({"training data", "labels"})
+    budgets: ClassVar[frozenset[str]] = frozenset({"params", "bytes"})
     contract_fields: ClassVar[dict[str, Any]] = {
         "sparsity": 0.8,
         "prune_iterations": 1,
@@ -79,7 +91,7 @@ class DeepCompression(Method):
     }
 
     sparsity: Ratio | dict[str, Ratio] = 0.9
-    """Share of weights removed: one number, or one per layer by name pattern."""
+    """Share of weights removed: one number, or one per layer by name pattern; under a budget what it is in proportion."""
     quality: dict[str, PositiveFloat] = {}
     """Quality parameter q of single layers by name pattern, in place of a share."""
     prune_iterations: PositiveInt = 3
@@ -110,8 +122,72 @@ class DeepCompression(Method):
         if unknown := set(self.bits) ^ {"conv", "fc"}:
             raise ConfigurationError(f"{self.name}: bits lacks {sorted(unknown)}; write bits={{conv: 8, fc: 5}}")
 
+    def check_network(self, session: Session) -> None:
+        weights = layer_weights(session.model)
+        if limits_of(session, self):
+            least = self.powered(self.shares(weights), 0)
+            require_reachable(
+                session, self, lambda: self._clustered(session, least), partial(self._costs, session=session)
+            )
+
+    @staticmethod
+    def powered(shares: Mapping[str, float], step: int) -> dict[str, float]:
+        """Kept shares raised to a power that falls from POWER at step 0 to 0, which keeps everything, at STEPS."""
+        return {name: 1 - (1 - share) ** (POWER * (1 - step / STEPS)) for name, share in shares.items()}
+
+    def shares_within(self, session: Session) -> dict[str, float]:
+        """The share of weights removed from each layer, as the budget or else as the field wants it."""
+        weights = layer_weights(session.model)
+        shares = self.shares(weights)
+        if not limits_of(session, self):
+            return shares
+        sizes = {name: weight.numel() for name, weight in weights.items()}
+        others = nonzero_parameters(session.model) - sum(int(weight.count_nonzero()) for weight in weights.values())
+
+        def estimate(plan: Plan) -> dict[str, float]:
+            kept = {name: (1 - s) * sizes[name] for name, s in self.powered(shares, plan["step"]).items()}
+            coded = [
+                coded_size(round(kept[name]), size, self._bits(session.model, name)) for name, size in sizes.items()
+            ]
+            return {"params": others + sum(kept.values()), "bytes": sum(coded)}
+
+        plan = meet(
+            session,
+            self,
+            propose=most(0, STEPS, "step"),
+            estimate=estimate,
+            build=lambda plan: self._clustered(session, self.powered(shares, plan["step"])),
+            least={"step": 0},
+            full={"step": STEPS},
+            measure=partial(self._costs, session=session),
+            margins=AIM,
+        )
+        return self.powered(shares, plan["step"])
+
+    def _bits(self, model: nn.Module, name: str) -> int:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        return self.bits["conv" if isinstance(layer, nn.modules.conv._ConvNd) else "fc"]
+
+    @torch.no_grad()
+    def _clustered(self, session: Session, shares: Mapping[str, float]) -> nn.Module:
+        """A copy that is pruned, rid of what that made useless, and clustered, all without training, to see what it costs."""
+        model = copy.deepcopy(session.model)
+        for name, share in shares.items():
+            weight = model.get_parameter(name)
+            weight.mul_(largest_mask(weight.abs(), max(1, round((1 - share) * weight.numel())))).add_(0.0)
+        model = self._without_dead(model, session)
+        for name, shared in self._codebooks(model, session.seed).items():
+            model.get_parameter(name).copy_(shared.dense())
+        return model
+
+    def _costs(self, model: nn.Module, names: Sequence[str], session: Session) -> Mapping[str, float]:
+        return costs(session, model, names, session.codecs | self._codecs(model, self.huffman))
+
+    def _codecs(self, model: nn.Module, huffman: bool) -> dict[str, DeepCompressionCodec]:
+        return {name: DeepCompressionCodec(self.index_bits, huffman) for name in layer_weights(model)}
+
     def shares(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """The share of weights removed from each layer."""
+        """The share of weights removed from each layer without a budget."""
         if not isinstance(self.sparsity, dict):
             return dict.fromkeys(weights, self.sparsity)
         return {name: 0.0 for name in weights} | by_pattern(self.sparsity, weights, f"{self.name}: sparsity")
@@ -122,14 +198,12 @@ class DeepCompression(Method):
         rate = self.learning_rate or session.settings.learning_rate / 10
         self.prune(session, rate)
         session.sparse |= set(layer_weights(session.model))
-        session.model = remove_dead_channels(
-            remove_constant_channels(session.model, session.example_input), session.example_input
-        )
+        session.model = self._without_dead(session.model, session)
         pruned = self._bytes(session)
         self.share(session, rate / 10)
         names = layer_weights(session.model)
-        packed = self._bytes(session, {name: DeepCompressionCodec(self.index_bits, huffman=False) for name in names})
-        session.codecs |= {name: DeepCompressionCodec(self.index_bits, self.huffman) for name in names}
+        packed = self._bytes(session, self._codecs(session.model, huffman=False))
+        session.codecs |= self._codecs(session.model, self.huffman)
         coded = self._bytes(session, session.codecs)
         kept = {name: int((weight != 0).sum()) / size[name] for name, weight in names.items()}
         session.report(
@@ -143,10 +217,12 @@ class DeepCompression(Method):
         """Stage 1: rounds of pruning and masked retraining, with less dropout."""
         dropouts = [m for m in session.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
         original = [m.p for m in dropouts]
+        shares = self.shares_within(session)
         for round_number in range(1, self.prune_iterations + 1):
             weights = layer_weights(session.model)
             quality = by_pattern(self.quality, weights, f"{self.name}: quality") if self.quality else {}
-            shares = self.shares(weights)
+            if 1 < round_number == self.prune_iterations:
+                shares = self.shares_within(session)
             masks: dict[str, Tensor] = {}
             for name, weight in weights.items():
                 if name in quality:
@@ -166,14 +242,16 @@ class DeepCompression(Method):
 
     def share(self, session: Session, rate: float) -> None:
         """Stage 2: cluster every layer and train the centroids."""
-        codebooks = {}
-        for name, weight in layer_weights(session.model).items():
-            values = weight.detach()[weight.detach() != 0]
-            if len(values):
-                layer = session.model.get_submodule(name.rpartition(".")[0])
-                bits = self.bits["conv" if isinstance(layer, nn.modules.conv._ConvNd) else "fc"]
-                codebooks[name] = kmeans_1d(values, min(2**bits, len(values)), init=self.init, seed=session.seed)
-        shared = {name: SharedWeight(session.model.get_parameter(name), *book) for name, book in codebooks.items()}
+        shared = self._codebooks(session.model, session.seed)
+        if limits_of(session, self):
+            # What is coded is settled once the clusters are: training moves the centroids only.
+            with torch.no_grad():
+                for name, book in shared.items():
+                    session.model.get_parameter(name).copy_(book.dense())
+            measure = partial(self._costs, session=session)
+            if trim(session, self, session.model, list(shared), lambda model: measure(model, ["bytes"])["bytes"]):
+                for name, book in shared.items():
+                    book.index[session.model.get_parameter(name) == 0] = 0
         session.train(
             [CentroidTraining(shared)],
             epochs=self.share_epochs,
@@ -181,6 +259,20 @@ class DeepCompression(Method):
             weight_decay=0.0,
             schedule="cosine",
         )
+
+    @staticmethod
+    def _without_dead(model: nn.Module, session: Session) -> nn.Module:
+        return remove_dead_channels(remove_constant_channels(model, session.example_input), session.example_input)
+
+    def _codebooks(self, model: nn.Module, seed: int) -> dict[str, SharedWeight]:
+        """The codebook of every layer that has weights left."""
+        shared = {}
+        for name, weight in layer_weights(model).items():
+            values = weight.detach()[weight.detach() != 0]
+            if len(values):
+                clusters = min(2 ** self._bits(model, name), len(values))
+                shared[name] = SharedWeight(weight, *kmeans_1d(values, clusters, init=self.init, seed=seed))
+        return shared
 
     @staticmethod
     def _bytes(session: Session, codecs: Mapping[str, Any] | None = None) -> int:

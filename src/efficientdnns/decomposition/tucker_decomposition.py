@@ -4,7 +4,6 @@ The ranks come from variational Bayes without a user knob, and the network is fi
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -13,11 +12,11 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from efficientdnns.budget import smallest_ratio
-from efficientdnns.errors import ConfigurationError, suggest
+from efficientdnns.budget import Block, Plan, fill
 from efficientdnns.measurement import count_macs
-from efficientdnns.measurement.size import parameter_count
+from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.method import Method, Need, Paper
+from efficientdnns.parts.budgets import check_patterns, limits_of, matches, meet, require_reachable
 from efficientdnns.parts.low_rank import (
     Layer,
     replace_everywhere,
@@ -28,6 +27,7 @@ from efficientdnns.parts.low_rank import (
     unfold,
 )
 from efficientdnns.session import Session
+from efficientdnns.storage import share, trim
 
 
 class Evbmf(NamedTuple):
@@ -190,14 +190,19 @@ def base_ranks(layer: Layer, ranks: str | float | tuple[int, int]) -> tuple[int,
 
 def saves(layer: Layer, ranks: tuple[int, ...]) -> bool:
     """Whether the factors need fewer weights and fewer multiply-accumulates than the layer."""
+    return max(factor_weights(layer, ranks)) < layer.weight.numel()
+
+
+def factor_weights(layer: Layer, ranks: tuple[int, ...]) -> tuple[int, int]:
+    """Weights of the factors; and the same, each counted as often as it is used for one use of a weight of the layer."""
     outputs, inputs = layer.weight.shape[:2]
     area = layer.weight[0, 0].numel()
     if len(ranks) == 1:
-        return ranks[0] * (inputs * area + outputs) < layer.weight.numel()
+        return (weights := ranks[0] * (inputs * area + outputs)), weights
     assert isinstance(layer, nn.Conv2d)
+    first, rest = inputs * ranks[0], area * ranks[0] * ranks[1] + outputs * ranks[1]
     # The first 1 x 1 runs before the stride, on that many times more pixels than the rest.
-    pixels = layer.stride[0] * layer.stride[1]
-    return pixels * inputs * ranks[0] + area * ranks[0] * ranks[1] + outputs * ranks[1] < layer.weight.numel()
+    return first + rest, layer.stride[0] * layer.stride[1] * first + rest
 
 
 def decompose(layer: Layer, ranks: tuple[int, ...], sweeps: int = 20) -> tuple[nn.Sequential, float]:
@@ -231,7 +236,8 @@ class TuckerDecomposition(Method):
     layers become two layers by SVD. The network is useless until it is fine-tuned, which ``finetune_epochs`` does
     at the paper's learning rate of 0.001, divided by 10 on the way.
 
-    A budget is met through ``rank_scale``: the mildest one whose network is within the budget.
+    A budget is met by the mildest ``rank_scale`` whose network is within it, and then single layers get back ranks that
+    still fit.
 
     Deviations:
         A layer whose factors would need no fewer weights or multiply-accumulates is left as it is and listed in the
@@ -251,7 +257,8 @@ class TuckerDecomposition(Method):
     )
     kind: ClassVar[str] = "decomposition"
     needs: ClassVar[frozenset[Need]] = frozenset({"training data", "labels"})
-    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params"})
+    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params", "bytes", "latency"})
+    in_place: ClassVar[bool] = False
     contract_fields: ClassVar[dict[str, Any]] = {"finetune_epochs": 1}
 
     ranks: Literal["evbmf"] | Annotated[float, Field(gt=0, le=1)] | tuple[PositiveInt, PositiveInt] = "evbmf"
@@ -267,7 +274,7 @@ class TuckerDecomposition(Method):
     linear: bool = True
     """Decompose linear layers too."""
     skip: tuple[str, ...] = ()
-    """Layers to leave alone, by name."""
+    """Layers to leave alone, as name patterns."""
     finetune_epochs: NonNegativeInt = 10
     """Epochs of training afterwards; 0 leaves the fine-tuning to a later step."""
     learning_rate: PositiveFloat = 1e-3
@@ -278,44 +285,57 @@ class TuckerDecomposition(Method):
     def check(self, session: Session) -> None:
         if self.finetune_epochs:
             super().check(session)
-        # Steps before this one may change the names; the network as it was given is what can be checked now.
-        names, _ = layers_of(session.model)
-        for name in self.skip:
-            if name not in names:
-                raise ConfigurationError(f"{self.name}: skip names '{name}', which is no layer{suggest(name, names)}")
+
+    def check_network(self, session: Session) -> None:
+        layers, _ = self._layers(session.model)
+        if limits_of(session, self):
+            # The least ranks do not depend on what the weights will be, but for those that EVBMF leaves whole.
+            least = {
+                name: self._ranks(layer, tuple(0 for _ in full_ranks(layer)), 1.0) for name, layer in layers.items()
+            }
+            small = {name: ranks for name, ranks in least.items() if saves(layers[name], ranks)}
+            require_reachable(session, self, lambda: outlined(session.model, small))
+
+    def _layers(self, model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
+        """The layers that are decomposed, and why the others are not."""
+        able, kept = layers_of(model)
+        check_patterns(self.skip, [*able, *kept], f"{self.name}: skip")
+        for name, layer in list(able.items()):
+            if matches(name, self.skip) or (isinstance(layer, nn.Linear) and not self.linear):
+                kept[name] = "left alone as asked"
+                del able[name]
+        return able, kept
 
     def apply(self, session: Session) -> None:
-        able, kept = layers_of(session.model)
-        layers: dict[str, Layer] = {}
-        for name, layer in able.items():
-            if name in self.skip or (isinstance(layer, nn.Linear) and not self.linear):
-                kept[name] = "left alone as asked"
-            else:
-                layers[name] = layer
+        layers, kept = self._layers(session.model)
         bases: dict[str, tuple[int, ...]] = {}
         with session.progress.task(f"{session.label}: ranks", len(layers)) as bar:
             for name, layer in layers.items():
                 bases[name] = base_ranks(layer, self.ranks)
                 bar.advance()
-        scale = self._solve(session, layers, bases)
-        planned = self._plan(layers, bases, scale)
+        if limits_of(session, self):
+            planned = self._solve(session, layers, bases)
+        else:
+            planned = self._plan(layers, bases, self.rank_scale)
         kept |= {name: "nothing to gain at these ranks" for name in layers if name not in planned}
         found: dict[str, Any] = {}
         with session.progress.task(f"{session.label}: factors", len(planned)) as bar:
             for name, ranks in planned.items():
-                chain, error = decompose(layers[name], ranks, self.hooi_sweeps)
+                layer = layers.pop(name)  # the network's is the last reference
+                chain, error = decompose(layer, ranks, self.hooi_sweeps)
                 weights = sum(
                     parameter.numel() for key, parameter in chain.named_parameters() if key.endswith("weight")
                 )
                 found[name] = {
                     "ranks": ranks,
-                    "weights": (layers[name].weight.numel(), weights),
+                    "weights": (layer.weight.numel(), weights),
                     "relative_error": error,
                 }
                 session.model = replace_everywhere(session.model, name, chain)
+                trim()
                 bar.advance()
-        session.report(rank_scale=scale, layers=found, kept=kept)
-        session.say(f"{len(found)} of {len(able)} layers decomposed")
+        session.report(layers=found, kept=kept)
+        session.say(f"{len(found)} of {len(found) + len(kept)} layers decomposed")
         if self.finetune_epochs:
             session.train(epochs=self.finetune_epochs, learning_rate=self.learning_rate, schedule=self.schedule)
 
@@ -323,41 +343,75 @@ class TuckerDecomposition(Method):
         self, layers: Mapping[str, Layer], bases: Mapping[str, tuple[int, ...]], scale: float
     ) -> dict[str, tuple[int, ...]]:
         """The final ranks of every layer that gains by its factors."""
-        planned = {}
-        for name, layer in layers.items():
-            ranks = tuple(
-                round_rank(full - scale * (full - base), full, lowest=self.min_rank, multiple_of=self.multiple_of)
-                for full, base in zip(full_ranks(layer), bases[name])
-            )
-            if saves(layer, ranks):
-                planned[name] = ranks
-        return planned
+        planned = {name: self._ranks(layer, bases[name], scale) for name, layer in layers.items()}
+        return {name: ranks for name, ranks in planned.items() if saves(layers[name], ranks)}
 
-    def _solve(self, session: Session, layers: Mapping[str, Layer], bases: Mapping[str, tuple[int, ...]]) -> float:
-        """The mildest ``rank_scale`` that meets the budget; the field itself where there is none."""
-        limits = [name for name in session.budget.limits() if name in self.budgets]
-        if not limits:
-            return self.rank_scale
-        pairs = [pair for name, layer in layers.items() for pair in zip(full_ranks(layer), bases[name])]
-        # At this scale the last rank has come down to 1.
-        highest = max([(full - 1) / (full - base) for full, base in pairs if base < full], default=1.0)
+    def _ranks(self, layer: Layer, base: tuple[int, ...], scale: float) -> tuple[int, ...]:
+        return tuple(
+            round_rank(full - scale * (full - rank), full, lowest=self.min_rank, multiple_of=self.multiple_of)
+            for full, rank in zip(full_ranks(layer), base)
+        )
 
-        def cost(ratio: float, name: str) -> float:
-            model = copy.deepcopy(session.model)
-            for layer, ranks in self._plan(layers, bases, ratio * highest).items():
-                model = replace_everywhere(model, layer, outline(layers[layer], ranks))
-            return self._cost(session, model, name)
+    def levels(self, layer: Layer, base: tuple[int, ...]) -> list[tuple[float, tuple[int, ...] | None]]:
+        """The ranks that a layer can have, ascending, each with the scale at which it gets them; None is the whole layer."""
+        ends = [(full, rank) for full, rank in zip(full_ranks(layer), base) if rank < full]
+        scales = sorted({(full - r) / (full - rank) for full, rank in ends for r in range(1, full + 1)}, reverse=True)
+        found: list[tuple[float, tuple[int, ...] | None]] = []
+        for scale in scales:
+            ranks = self._ranks(layer, base, scale)
+            if not saves(layer, ranks):
+                return [*found, (scale, None)]
+            if not found or found[-1][1] != ranks:
+                found.append((scale, ranks))
+        return [*found, (0.0, None)]
 
-        scales = []
-        for name in limits:
-            target = session.budget.absolute(name, self._cost(session, session.original, name))
-            assert target is not None
-            ratio = smallest_ratio(lambda ratio: cost(ratio, name), target, highest=1.0, name=name)  # noqa: B023
-            scales.append(ratio * highest)
-        return max(scales)
+    def _solve(
+        self, session: Session, layers: Mapping[str, Layer], bases: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """The mildest ranks that meet the budget."""
+        levels = {name: self.levels(layer, bases[name]) for name, layer in layers.items()}
+        offered = [Block(scale, name, 1) for name, steps in levels.items() for scale, _ in steps[1:]]
+        counted = count_macs(session.model, session.example_input, session.task.outputs)
+        weights = {name: layer.weight.numel() for name, layer in layers.items()}
+        fixed = {
+            "macs": counted.total - sum(counted.by_module.get(name, 0) for name in layers),
+            "params": nonzero_parameters(session.model) - sum(weights.values()),
+        }
 
-    @staticmethod
-    def _cost(session: Session, model: nn.Module, name: str) -> float:
-        if name == "params":
-            return parameter_count(model)
-        return count_macs(model, session.example_input, session.task.outputs).total
+        def ranks(plan: Plan) -> dict[str, tuple[int, ...]]:
+            chosen = {name: levels[name][level][1] for name, level in plan.items()}
+            return {name: value for name, value in chosen.items() if value is not None}
+
+        def estimate(plan: Plan) -> dict[str, float]:
+            chosen = ranks(plan)
+            macs, params = float(fixed["macs"]), float(fixed["params"])
+            for name, layer in layers.items():
+                kept = factor_weights(layer, chosen[name]) if name in chosen else (weights[name], weights[name])
+                macs += counted.by_module.get(name, 0) * kept[1] / weights[name]
+                params += kept[0]
+            return {"macs": macs, "params": params, "bytes": params, "latency": macs}
+
+        plan = meet(
+            session,
+            self,
+            propose=lambda fits, enough: fill(dict.fromkeys(layers, 0), offered, fits, enough),
+            estimate=estimate,
+            build=lambda plan: outlined(session.model, ranks(plan)),
+            least=dict.fromkeys(layers, 0),
+            full={name: len(steps) - 1 for name, steps in levels.items()},
+        )
+        return ranks(plan)
+
+
+def outlined(model: nn.Module, ranks: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """A copy with random factors of these ranks, to see what it costs."""
+    model = share(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, chosen in ranks.items():
+        layer: Layer = model.get_submodule(name)  # type: ignore[assignment]
+        chain = outline(layer, chosen)
+        for parameter in chain.parameters():
+            # Floats of the usual size, since zeros and denormal numbers are coded and multiplied at another cost.
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        model = replace_everywhere(model, name, chain)
+    return model

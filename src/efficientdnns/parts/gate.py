@@ -47,9 +47,9 @@ class HardConcrete(nn.Module):
         u = torch.empty(shape, device=log_alpha.device).uniform_(self.EPSILON, 1 - self.EPSILON)
         return self._stretch(torch.sigmoid((u.logit() + log_alpha) / self.beta))
 
-    def deterministic(self) -> Tensor:
-        """The test-time gates; a gate is closed for log alpha <= log(-gamma / zeta)."""
-        return self._stretch(torch.sigmoid(self.log_alpha))
+    def deterministic(self, shift: float = 0.0) -> Tensor:
+        """The test-time gates, with ``shift`` added to log alpha; a gate is closed for log alpha <= log(-gamma / zeta)."""
+        return self._stretch(torch.sigmoid(self.log_alpha + shift))
 
     def probability_open(self) -> Tensor:
         r"""Probability that each gate is not zero: :math:`\sigma(\log\alpha - \beta\log(-\gamma/\zeta))`."""

@@ -5,8 +5,10 @@ The weights are pulled towards a sparse copy until the final cut hardly hurts; m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -14,12 +16,13 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from efficientdnns.errors import BudgetError, ConfigurationError
+from efficientdnns.errors import ConfigurationError
 from efficientdnns.measurement.macs import count_macs
-from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.method import Paper, Ratio, TrainingMethod
+from efficientdnns.parts.budgets import limits_of, require_reachable
 from efficientdnns.parts.project import ConstraintSet, LargestEntries, LargestInGroups, LargestRows, SparsitySet
 from efficientdnns.parts.select import by_pattern, layer_weights, share_out
+from efficientdnns.parts.sparse_budgets import kept_weights, trim
 from efficientdnns.surgery import ChannelGraph, Group, remove
 from efficientdnns.training import Callback, Trainer, factor
 from efficientdnns.training.sparsity import MaskedTraining, apply_masks
@@ -85,7 +88,7 @@ class ADMMPruning(TrainingMethod):
         url="https://arxiv.org/abs/1804.03294",
     )
     kind: ClassVar[str] = "pruning"
-    budgets: ClassVar[frozenset[str]] = frozenset({"params"})
+    budgets: ClassVar[frozenset[str]] = frozenset({"params", "bytes"})
     contract_fields: ClassVar[dict[str, Any]] = {
         "epochs": 2, "every": 1, "retrain_epochs": 1, "sparsity": 0.8, "rho": 1e-2, "learning_rate": 0.01
     }  # fmt: skip
@@ -97,7 +100,7 @@ class ADMMPruning(TrainingMethod):
     retrain_epochs: NonNegativeInt = 17
     """Epochs of masked retraining."""
     sparsity: Ratio | None = None
-    """Share of all weights (or filters) that is removed; None solves for the budget where ``keep`` is not given."""
+    """Share of all weights (or filters) that is removed; solved for when the run has a budget."""
     keep: dict[str, Keep] | None = None
     """What stays of each layer: name pattern -> share up to 1 or count above; layers that none fits stay dense."""
     constraint: Annotated[str, Field(pattern=r"^(weights|filters|[1-9]\d*:[1-9]\d*)$")] = "weights"
@@ -115,7 +118,19 @@ class ADMMPruning(TrainingMethod):
 
     def check(self, session: Session) -> None:
         super().check(session)
-        self.constraints(session)
+        limits = limits_of(session, self)
+        if limits and (self.keep is not None or self.constraint != "weights"):
+            fixed = "keep" if self.keep is not None else f"constraint {self.constraint}"
+            raise ConfigurationError(
+                f"{self.name}: {fixed} leaves nothing to solve budget {limits[0]} with; leave one of them out"
+            )
+        if not limits:
+            self.constraints(session)
+
+    def check_network(self, session: Session) -> None:
+        weights = layer_weights(session.model)
+        if limits_of(session, self):
+            require_reachable(session, self, lambda: _pruned(session.model, weights, len(weights)))
 
     def callback(self, session: Session) -> Callback:
         return ADMM(self, session, self.constraints(session))
@@ -125,7 +140,7 @@ class ADMMPruning(TrainingMethod):
 
         Raises:
             ConfigurationError: fields that do not go together, or a pattern that fits no layer.
-            BudgetError: the budget leaves no weight for some layer.
+            BudgetError: the budget leaves less than one weight for every layer.
         """
         weights = layer_weights(session.model)
         if ":" in self.constraint:
@@ -148,18 +163,14 @@ class ADMMPruning(TrainingMethod):
             shares = by_pattern(self.keep, weights, f"{self.name}: keep")
             return {name: _count(share, sizes[name]) for name, share in shares.items()}
         total = sum(sizes.values())
+        if limits_of(session, self):
+            build = partial(_pruned, session.model, weights)
+            return share_out(sizes, kept_weights(session, self, build, len(sizes), total))
         if self.sparsity is not None:
             return share_out(sizes, round((1 - self.sparsity) * total))
-        target = session.budget.absolute("params", nonzero_parameters(session.original))
-        if target is None:
-            raise ConfigurationError(
-                f"{self.name} must know what stays; write sparsity=0.9, keep={{fc1: 0.1}} or a budget params=0.1"
-            )
-        others = nonzero_parameters(session.model) - sum(int(weight.count_nonzero()) for weight in weights.values())
-        if (kept := int(target) - others) < len(sizes):
-            least = others + len(sizes)
-            raise BudgetError(f"budget params={target:g} cannot be met: {least} is the least that is reachable")
-        return share_out(sizes, kept)
+        raise ConfigurationError(
+            f"{self.name} must know what stays; write sparsity=0.9, keep={{fc1: 0.1}} or a budget params=0.1"
+        )
 
     def _filters(self, session: Session, weights: Mapping[str, Tensor]) -> dict[str, SparsitySet]:
         graph = ChannelGraph.trace(session.model, session.example_input)
@@ -173,6 +184,16 @@ class ADMMPruning(TrainingMethod):
         else:
             raise ConfigurationError(f"{self.name}: constraint filters needs sparsity or keep; write e.g. sparsity=0.5")
         return {name: LargestRows(_count(share, able[name])) for name, share in shares.items()}
+
+
+@torch.no_grad()
+def _pruned(model: nn.Module, weights: Mapping[str, Tensor], kept: int) -> nn.Module:
+    """A copy with so many of the named weights, the largest of each layer."""
+    model = copy.deepcopy(model)
+    for name, count in share_out({name: weight.numel() for name, weight in weights.items()}, kept).items():
+        weight = model.get_parameter(name)
+        weight.copy_(LargestEntries(count).project(weight))
+    return model
 
 
 def _count(share: float, size: int) -> int:
@@ -253,6 +274,7 @@ class ADMM(MaskedTraining):
             selection = {g.name: gone for g in self.graph.groups if len(gone := self._gone(g, self.masks))}
             trainer.model = remove(trainer.model, self.session.example_input, selection)
         else:
+            trim(self.session, self.method, trainer.model, self.constraints)
             self.session.sparse.update(self.constraints)
         self._report(trainer)
 

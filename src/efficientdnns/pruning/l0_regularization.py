@@ -5,8 +5,11 @@ The expected number of non-zero parameters is penalised directly; what has close
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -15,12 +18,15 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from efficientdnns.budget import Block, Plan, fill
 from efficientdnns.errors import ConfigurationError
 from efficientdnns.measurement.macs import count_macs
 from efficientdnns.method import Paper, TrainingMethod
+from efficientdnns.parts.budgets import costs, limits_of, meet, require_reachable, targets_of
 from efficientdnns.parts.dead import remove_dead_channels, remove_dead_inputs
 from efficientdnns.parts.gate import HardConcrete
-from efficientdnns.parts.select import by_pattern, layer_weights
+from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights
+from efficientdnns.parts.structured import Holder, WidthCosts, holders
 from efficientdnns.surgery import ChannelGraph
 from efficientdnns.training import Callback, ExponentialMovingAverage, Trainer
 
@@ -129,6 +135,9 @@ class L0Regularization(TrainingMethod):
     the first ones); with a mapping for ``strength`` exactly those that it names. Behind a convolution's batch norm the
     gates act on its output, for it would undo a scale in front.
 
+    Under a budget the penalty rests while the open gates are within it, and at the end the gates of largest
+    :math:`\log\alpha` stay that it allows; if more may stay than are open, all :math:`\log\alpha` move up by one number.
+
     Deviations:
         The bias of a filter is gated with it and costs as much as a weight (the released code drops it in training and
         rewards it in the penalty). ``weight_decay`` is the coefficient in force in every layer (the released LeNet-5
@@ -145,6 +154,7 @@ class L0Regularization(TrainingMethod):
         url="https://arxiv.org/abs/1712.01312",
     )
     kind: ClassVar[str] = "pruning"
+    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params", "bytes", "latency"})
     contract_fields: ClassVar[dict[str, Any]] = {
         "epochs": 2, "strength": 0.002, "gate_learning_rate": 0.5, "ema_decay": 0.9, "learning_rate": 0.01
     }  # fmt: skip
@@ -178,6 +188,16 @@ class L0Regularization(TrainingMethod):
     def check(self, session: Session) -> None:
         super().check(session)
         self.hosts(session.model, session.example_input)
+
+    def check_network(self, session: Session) -> None:
+        if limits_of(session, self):
+            model, hosts = session.model, self.hosts(session.model, session.example_input)
+            names = {name: host for name, (host, _) in hosts.items()}
+            first = {name: torch.arange(gates_of(model.get_submodule(name))) == 0 for name in names}
+            values = {name: value.float() for name, value in first.items()}
+            require_reachable(
+                session, self, lambda: removed(folded(model, names, values), names, session.example_input)
+            )
 
     def prepare(self, session: Session) -> None:
         if self.from_scratch:
@@ -216,6 +236,39 @@ class L0Regularization(TrainingMethod):
         return {name: (hosts[name], value) for name, value in strengths.items()}
 
 
+def gates_of(layer: nn.Module) -> int:
+    """Number of gates: one for every input of a linear layer, for every output map of a convolution."""
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def folded(model: nn.Module, hosts: Mapping[str, str], values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy without gates whose weights are multiplied by their ``values`` (layer -> z); ``hosts`` says where they act."""
+    model = copy.deepcopy(model)
+    for name, host_name in hosts.items():
+        layer, host = model.get_submodule(name), model.get_submodule(host_name)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        z = values[name].to(weight.device)
+        parts: list[tuple[Any, Tensor]]
+        host._modules.pop("gate", None)
+        if isinstance(layer, nn.Linear):
+            parts = [(weight, z)]
+        else:
+            rows = z.view(-1, *[1] * (weight.dim() - 1))
+            # Filters of closed gates go too where a batch norm carries the gates: it alone would leave them.
+            parts = [(weight, rows if host is layer else (rows > 0).to(z.dtype)), (host.bias, z)]
+            parts += [] if host is layer else [(host.weight, z)]
+        for parameter, factors in parts:
+            if parameter is not None:
+                parameter.mul_(factors).add_(0.0)  # no -0.0
+    return model
+
+
+def removed(model: nn.Module, names: Iterable[str], example_input: Any) -> nn.Module:
+    """The network without what closed gates have switched off."""
+    return remove_dead_inputs(remove_dead_channels(model, example_input), names)
+
+
 class L0(Callback):
     """The run: gates in the forward pass, their price in the loss, an average of everything for the hand-over."""
 
@@ -227,17 +280,20 @@ class L0(Callback):
         self.plain: list[nn.Parameter] = []
         self.handles: list[RemovableHandle] = []
         self.average: ExponentialMovingAverage | None = None
+        self.limits: dict[str, float] = {}
 
     def setup(self, trainer: Trainer) -> None:
         m, model = self.method, trainer.model
         hosts = m.hosts(model, self.session.example_input)
+        self.hosts = {name: host for name, (host, _) in hosts.items()}
+        if limits_of(self.session, m):
+            self._set_limits(model)
         given = m.drop_rate if isinstance(m.drop_rate, dict) else {"*": m.drop_rate}
         rates = by_pattern(given, hosts, f"{m.name}: drop_rate")
         for name, (host_name, strength) in hosts.items():
             layer, host = model.get_submodule(name), model.get_submodule(host_name)
             assert isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
-            size = layer.in_features if isinstance(layer, nn.Linear) else layer.out_channels
-            gate = HardConcrete(size, rates.get(name, 0.5), m.temperature, m.gamma, m.zeta)
+            gate = HardConcrete(gates_of(layer), rates.get(name, 0.5), m.temperature, m.gamma, m.zeta)
             host.add_module("gate", gate.to(trainer.device))
             self.layers.append(Gated(name, layer, host, strength))
             if isinstance(layer, nn.Linear):
@@ -261,7 +317,8 @@ class L0(Callback):
 
     def penalty(self, trainer: Trainer) -> Tensor:
         decay = self.method.weight_decay
-        penalty = l0_penalty(self.layers, trainer.samples, decay)
+        layers = self.layers if self._over() else [replace(item, strength=0.0) for item in self.layers]
+        penalty = l0_penalty(layers, trainer.samples, decay)
         if decay and self.plain:
             penalty = penalty + decay / 2 * torch.stack([p.square().sum() for p in self.plain]).sum()
         return penalty
@@ -278,13 +335,13 @@ class L0(Callback):
     def finish(self, trainer: Trainer) -> None:
         if self.average is not None:
             self.average.copy_to_parameters()
-        example = self.session.example_input
         for handle in self.handles:
             handle.remove()
         self._report(trainer)
-        self._fold()
-        trainer.model = remove_dead_channels(trainer.model, example)
-        trainer.model = remove_dead_inputs(trainer.model, [item.name for item in self.layers])
+        values = {item.name: item.gate.deterministic() for item in self.layers}
+        if self.limits:
+            values = self._values(self._plan(trainer.model))
+        trainer.model = removed(folded(trainer.model, self.hosts, values), self.hosts, self.session.example_input)
         # Where closed groups could not be removed, and under the new names of layers that were sparse before.
         self.session.sparse.update(name for name, weight in layer_weights(trainer.model).items() if not weight.all())
 
@@ -295,23 +352,64 @@ class L0(Callback):
         if self.average is not None:
             self.average.load_state_dict(state)
 
+    def _set_limits(self, model: nn.Module) -> None:
+        """The limits as shares of what the whole network costs, and an estimate of these costs from the open gates."""
+        graph, layers = ChannelGraph.trace(model, self.session.example_input), dict(model.named_modules())
+        held: dict[str, list[Holder]] = {name: [] for name in self.hosts}
+        for name in self.hosts:
+            if isinstance(layers[name], nn.Linear):
+                held[name] = [(f"{name}.weight", 1, 1)]
+        for group in graph.groups:
+            # A unit goes with the gate of the filter that makes it, or of the one input that reads it.
+            makers, readers = graph.producers(group), graph.consumers(group)
+            if len(makers) == 1 and makers[0] in held and not isinstance(layers[makers[0]], nn.Linear):
+                flattened = {f"{r}.weight" for r in readers if r in held and isinstance(layers[r], nn.Linear)}
+                held[makers[0]] = [holder for holder in holders(group) if holder[0] not in flattened]
+            elif len(readers) == 1 and readers[0] in held and (f"{readers[0]}.weight", 1, 1) in holders(group):
+                held[readers[0]] = holders(group)
+        self.full = {name: gates_of(layers[name]) for name in self.hosts}
+        self.estimate = WidthCosts(self.session, model, self.full, held)
+        targets, whole = targets_of(self.session, self.method), self.estimate(self.full)
+        now = costs(self.session, model, list(targets))
+        self.limits = {name: target / now[name] * whole[name] for name, target in targets.items()}
+
     @torch.no_grad()
-    def _fold(self) -> None:
-        """Multiply the test-time gates into the weights and take the gates out."""
-        for item in self.layers:
-            z, layer = item.gate.deterministic(), item.layer
-            parts: list[tuple[Any, Tensor]]
-            del item.host.gate
-            if item.on_inputs:
-                parts = [(layer.weight, z)]
-            else:
-                rows = z.view(-1, *[1] * (layer.weight.dim() - 1))
-                # Filters of closed gates go too where a batch norm carries the gates: it alone would leave them.
-                parts = [(layer.weight, rows if item.host is layer else (rows > 0).to(z.dtype)), (item.host.bias, z)]
-                parts += [] if item.host is layer else [(item.host.weight, z)]
-            for parameter, factors in parts:
-                if parameter is not None:
-                    parameter.mul_(factors).add_(0.0)  # no -0.0
+    def _over(self) -> bool:
+        """Whether the gates that are open now cost more than the budget allows; always true without one."""
+        if not self.limits:
+            return True
+        got = self.estimate({item.name: int(item.gate.deterministic().count_nonzero()) for item in self.layers})
+        return any(got[name] > limit for name, limit in self.limits.items())
+
+    def _plan(self, model: nn.Module) -> Plan:
+        """How many gates of every layer stay open."""
+        offered = [
+            Block(key, item.name, 1)
+            for item in self.layers
+            for key in item.gate.log_alpha.detach().sort(descending=True).values[1:].tolist()
+        ]
+        least = dict.fromkeys(self.full, 1)
+        return meet(
+            self.session,
+            self.method,
+            propose=lambda fits, enough: fill(least, offered, fits, enough),
+            estimate=self.estimate,
+            build=lambda plan: removed(
+                folded(model, self.hosts, self._values(plan)), self.hosts, self.session.example_input
+            ),
+            least=least,
+            full=self.full,
+        )
+
+    @torch.no_grad()
+    def _values(self, plan: Plan) -> dict[str, Tensor]:
+        """Test-time gates of which so many are open in each layer."""
+        masks = {item.name: largest_mask(item.gate.log_alpha, plan[item.name]) for item in self.layers}
+        lowest = min(float(item.gate.log_alpha[masks[item.name]].min()) for item in self.layers)
+        gate = self.layers[0].gate
+        shift = max(0.0, math.log(-gate.gamma / gate.zeta) + 0.1 - lowest)
+        values = {item.name: item.gate.deterministic(shift) for item in self.layers}
+        return {name: value * masks[name] for name, value in values.items()}
 
     @torch.no_grad()
     def _report(self, trainer: Trainer) -> None:

@@ -6,8 +6,9 @@ The channels of lowest importance are then cut in all layers at once, and the ne
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,9 +17,20 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from efficientdnns.budget import Plan
 from efficientdnns.errors import ModelError
 from efficientdnns.method import Method, Need, Paper, Ratio
-from efficientdnns.parts.structured import Selection, cut, kept_report, lowest, prunable, ratio_for_budget
+from efficientdnns.parts.structured import (
+    Scope,
+    Selection,
+    Widths,
+    cut,
+    kept_report,
+    kept_widths,
+    prunable,
+    require_widths,
+    weakest,
+)
 from efficientdnns.session import Session
 from efficientdnns.surgery import ChannelGraph, Group
 
@@ -226,15 +238,21 @@ class NISP(Method):
     )
     kind: ClassVar[str] = "pruning"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration data"})
-    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params"})
+    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params", "bytes", "latency"})
     contract_fields: ClassVar[dict[str, Any]] = {"samples": 64}
 
     pruning_ratio: Ratio = 0.5
-    """Share of channels removed in every group; solved for when the run has a budget of MACs or parameters."""
+    """Share of channels removed in every group; solved for when the run has a budget."""
+    scope: Scope = "layer"
+    """One ratio for every group, or one threshold for all: on scores divided by the mean score of their group."""
+    round_to: PositiveInt = 1
+    """Every group keeps a multiple of this many channels, or all of them."""
     ratios: dict[str, Ratio] = {}
     """Ratios of single groups by name, in place of `pruning_ratio`."""
     ranker: Literal["inf-fs", "uniform", "outgoing"] = "inf-fs"
     """How final responses are ranked: Inf-FS, all equal, or by the classifier's absolute weights."""
+    importance: Literal["propagated", "l1", "random"] = "propagated"
+    """Scores of the channels; two controls take their place: the L1 norm of what makes a channel, or chance."""
     samples: PositiveInt = 512
     """Calibration inputs for the ranking; labels are not used."""
     skip: tuple[str, ...] = ()
@@ -244,39 +262,53 @@ class NISP(Method):
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of the fine-tuning; None takes a tenth of the session's."""
 
+    def check_network(self, session: Session) -> None:
+        graph, groups = prunable(session, self.skip, f"{self.name}: skip")
+        require_widths(session, self, graph, groups, self.offer({g.name: torch.zeros(g.size) for g in groups}))
+
     def apply(self, session: Session) -> None:
-        graph, groups = prunable(session, self.skip)
+        graph, groups = prunable(session, self.skip, f"{self.name}: skip")
         classifier = final_layer(session.model, graph)
-        final_scores = self.rank(session, classifier)
         network = copy.deepcopy(session.model).double().eval()
-
-        def some(ratio: float) -> Selection:  # what a network costs depends on how many channels stay, not on which
-            return {g.name: lowest(torch.zeros(g.size), self.ratios.get(g.name, ratio)) for g in groups}
-
-        ratio = ratio_for_budget(session, graph, some, self.pruning_ratio)
-        selection = self.select(network, session, graph, groups, final_scores, classifier, ratio)
+        scores: Callable[[Selection], Mapping[str, Tensor]]
+        if self.importance == "propagated":
+            final_scores = self.rank(session, classifier)
+            scores = partial(
+                propagate, network, session.example_input, graph, groups, final_scores.to(session.device), classifier
+            )
+        else:
+            fixed = self.control(network, groups, session.seed)
+            scores = lambda pruned: fixed  # noqa: E731
+        # What a network costs depends on how many channels stay, not on which: one ratio needs no scores.
+        at_first = scores({}) if self.scope == "global" else {g.name: torch.zeros(g.size) for g in groups}
+        plan = kept_widths(session, self, graph, groups, self.offer(at_first), self.pruning_ratio)
+        selection = self.select(groups, scores, plan)
         session.model = cut(session, graph, selection)
-        session.report(pruning_ratio=ratio, final_response_layer=classifier, **kept_report(graph, groups, selection))
+        ratio = sum(len(gone) for gone in selection.values()) / sum(group.size for group in groups)
+        session.report(pruned_share=ratio, final_response_layer=classifier, **kept_report(graph, groups, selection))
         if self.epochs:
             rate = self.learning_rate or session.settings.learning_rate / 10
             session.train(epochs=self.epochs, learning_rate=rate)
 
-    def select(
-        self,
-        network: nn.Module,
-        session: Session,
-        graph: ChannelGraph,
-        groups: Sequence[Group],
-        final_scores: Tensor,
-        classifier: str,
-        ratio: float,
-    ) -> Selection:
+    def offer(self, scores: Mapping[str, Tensor]) -> Widths:
+        """The widths to choose from."""
+        return Widths.of(scores, scope=self.scope, round_to=self.round_to, ratios=self.ratios)
+
+    @staticmethod
+    def select(groups: Sequence[Group], scores: Callable[[Selection], Mapping[str, Tensor]], plan: Plan) -> Selection:
         """Decide group by group from the output to the input, propagating past what is already pruned."""
         selection: Selection = {}
         for group in reversed(groups):
-            scores = propagate(network, session.example_input, graph, groups, final_scores, classifier, selection)
-            selection[group.name] = lowest(scores[group.name], self.ratios.get(group.name, ratio))
+            selection[group.name] = weakest(scores(selection)[group.name], group.size - plan[group.name])
         return selection
+
+    def control(self, network: nn.Module, groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
+        """Scores that know nothing of the final responses."""
+        if self.importance == "random":
+            random = torch.Generator().manual_seed(seed)
+            return {group.name: torch.rand(group.size, generator=random) for group in groups}
+        sizes = {name: parameter.detach().abs() for name, parameter in network.named_parameters()}
+        return {group.name: group.reduce(sizes) for group in groups}
 
     def rank(self, session: Session, classifier: str) -> Tensor:
         """Scores of the final responses."""

@@ -5,9 +5,11 @@ Pruned weights go on being trained behind the mask and may come back; weights an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import broadcast
@@ -17,7 +19,10 @@ from torch import Tensor, nn
 from efficientdnns.data.split import Batch, generator
 from efficientdnns.errors import ConfigurationError, DataError
 from efficientdnns.method import Paper, TrainingMethod
-from efficientdnns.parts.negatively_correlated_search import NegativelyCorrelatedSearch
+from efficientdnns.parts.budgets import limits_of, require_reachable
+from efficientdnns.parts.negatively_correlated_search import NegativelyCorrelatedSearch, RandomSearch
+from efficientdnns.parts.select import largest_mask
+from efficientdnns.parts.sparse_budgets import kept_weights, trim
 from efficientdnns.training import Callback, Trainer
 from efficientdnns.training.sparsity import apply_masks
 from efficientdnns.training.trainer import to_device
@@ -54,6 +59,7 @@ def search_thresholds(
     population: int = 10,
     evaluations: int = 1600,
     random: torch.Generator | None = None,
+    search: Literal["ncs", "random"] = "ncs",
 ) -> tuple[Tensor, float]:
     r""":math:`\min_c R(c)` subject to :math:`score(c) \geq score(c_0) - \delta`, by negatively correlated search.
 
@@ -67,25 +73,22 @@ def search_thresholds(
         population: candidates per generation.
         evaluations: candidates in all.
         random: source of randomness.
+        search: "random" tries points of the whole box instead.
 
     Returns:
         The best feasible c seen and its R; ``start`` where nothing better is feasible.
     """
     remaining, score = evaluate(start)
     generations = max(1, evaluations // population)
-    search = NegativelyCorrelatedSearch(
-        start,
-        remaining,
-        step_size,
-        bounds=(0.0, bound),
-        population=population,
-        generations=generations,
-        generator=random,
-    )
+    common: dict[str, Any] = {"bounds": (0.0, bound), "population": population, "generator": random}
+    if search == "random":
+        searcher: NegativelyCorrelatedSearch | RandomSearch = RandomSearch(start, remaining, **common)
+    else:
+        searcher = NegativelyCorrelatedSearch(start, remaining, step_size, generations=generations, **common)
     for _ in range(generations):
-        results = [evaluate(candidate) for candidate in search.ask()]
-        search.tell([share if got >= score - delta else INFEASIBLE for share, got in results])
-    return search.best, search.best_fitness
+        results = [evaluate(candidate) for candidate in searcher.ask()]
+        searcher.tell([share if got >= score - delta else INFEASIBLE for share, got in results])
+    return searcher.best, searcher.best_fitness
 
 
 class OLMP(TrainingMethod):
@@ -103,7 +106,8 @@ class OLMP(TrainingMethod):
 
     with R the share of weights and biases left and negatively correlated search as optimizer. At step t a layer is
     active with probability :math:`1/(1 + \gamma t)`; active layers apply their thresholds at every step, and a search
-    takes at least two of them. After ``prune_share`` of the run the masks are fixed. The score is the task's metric as
+    takes at least two of them. After ``prune_share`` of the run the masks are fixed; under a budget all thresholds are
+    multiplied then by the one factor that leaves what the budget allows. The score is the task's metric as
     a mean over samples (accuracy as a share), so delta = 0.05 allows five points of accuracy.
 
     Deviations:
@@ -121,6 +125,7 @@ class OLMP(TrainingMethod):
         url="https://www.ijcai.org/proceedings/2018/330",
     )
     kind: ClassVar[str] = "pruning"
+    budgets: ClassVar[frozenset[str]] = frozenset({"params", "bytes"})
     contract_fields: ClassVar[dict[str, Any]] = {
         "epochs": 3, "search_every": 4, "evaluations": 60, "learning_rate": 0.01
     }  # fmt: skip
@@ -133,6 +138,8 @@ class OLMP(TrainingMethod):
     """Steps between searches."""
     prune_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the run during which masks change."""
+    search: Literal["ncs", "random"] = "ncs"
+    """Negatively correlated search, or uniform random search of the box of thresholds as a control."""
     evaluations: PositiveInt = 1600
     """Candidates that one search tries."""
     population: Annotated[int, Field(ge=2)] = 10
@@ -161,6 +168,13 @@ class OLMP(TrainingMethod):
         if not _layers(session.model):
             raise ConfigurationError(f"{self.name}: {type(session.model).__name__} has no layer to prune")
 
+    def check_network(self, session: Session) -> None:
+        if limits_of(session, self):
+            names = [names for _, names in _layers(session.model).values()]
+            whole = {name: session.model.get_parameter(name).detach() for layer in names for name in layer}
+            order = relative_sizes(whole, names, [1.0] * len(names))
+            require_reachable(session, self, lambda: _masked(session.model, whole, order, len(names)))
+
     def callback(self, session: Session) -> Callback:
         return Surgery(self, session)
 
@@ -172,6 +186,34 @@ def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
     return {name: (m, [f"{name}.{p}" if name else p for p, _ in m.named_parameters()]) for name, m in found.items()}
 
 
+def relative_sizes(
+    whole: Mapping[str, Tensor], layers: Sequence[Sequence[str]], thresholds: Sequence[float]
+) -> dict[str, Tensor]:
+    """Magnitudes over the threshold of their layer; that of the largest weight of each layer is infinite."""
+    sizes: dict[str, Tensor] = {}
+    for names, threshold in zip(layers, thresholds):
+        for name in names:
+            sizes[name] = whole[name].abs() / max(threshold, 1e-30)
+        largest = max(names, key=lambda name: float(sizes[name].max()))
+        sizes[largest].view(-1)[sizes[largest].argmax()] = torch.inf
+    return sizes
+
+
+def largest_masks(sizes: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+    """Masks of the ``kept`` largest entries of all tensors together."""
+    chosen = largest_mask(torch.cat([size.flatten() for size in sizes.values()]), kept)
+    parts = chosen.split([size.numel() for size in sizes.values()])
+    return {name: part.view_as(size) for (name, size), part in zip(sizes.items(), parts)}
+
+
+@torch.no_grad()
+def _masked(model: nn.Module, whole: Mapping[str, Tensor], sizes: Mapping[str, Tensor], kept: int) -> nn.Module:
+    model = copy.deepcopy(model)
+    for name, mask in largest_masks(sizes, kept).items():
+        model.get_parameter(name).copy_(torch.where(mask, whole[name], 0.0))
+    return model
+
+
 class Surgery(Callback):
     """The run. The model holds w T but for the optimizer's step, which moves the whole w."""
 
@@ -180,6 +222,7 @@ class Surgery(Callback):
         self.whole: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
         self.searches: list[dict[str, Any]] = []
+        self.budget_met = not limits_of(session, method)
 
     def setup(self, trainer: Trainer) -> None:
         layers = _layers(trainer.model)
@@ -202,7 +245,22 @@ class Surgery(Callback):
             if int(active.sum()) > 1:
                 self._search(trainer, batch, active)
             self._prune(active)
+        if trainer.step >= self.last_step:
+            self._meet_budget(trainer)
         return batch
+
+    def _meet_budget(self, trainer: Trainer) -> None:
+        """Once, when the masks are about to be fixed: one factor on all thresholds leaves what the budget allows."""
+        if self.budget_met:
+            return
+        thresholds = [mean + float(c) * deviation for (mean, deviation), c in zip(self.statistics, self.scales)]
+        sizes = relative_sizes(self.whole, self.names, thresholds)
+        build = partial(_masked, trainer.model, self.whole, sizes)
+        total = sum(size.numel() for size in sizes.values())
+        kept = kept_weights(self.session, self.method, build, len(self.names), total)
+        self.masks = largest_masks(sizes, kept)
+        self._show(self.masks)
+        self.budget_met = True
 
     def after_backward(self, trainer: Trainer) -> None:
         # The gradient of the masked network moves the whole weights. Swapping storage spares two copies a step.
@@ -219,6 +277,9 @@ class Surgery(Callback):
             apply_masks(trainer.model, self.masks)
 
     def finish(self, trainer: Trainer) -> None:
+        self._meet_budget(trainer)
+        if trim(self.session, self.method, trainer.model, self.masks):
+            self.masks = {name: trainer.model.get_parameter(name) != 0 for name in self.masks}
         self.session.sparse.update(self.masks)
         kept = {name: sum(int(self.masks[n].sum()) for n in names) for name, names in self.layers.items()}
         sizes = {name: sum(self.masks[n].numel() for n in names) for name, names in self.layers.items()}
@@ -231,7 +292,7 @@ class Surgery(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "whole": self.whole, "masks": self.masks, "scales": self.scales,
-            "statistics": self.statistics, "searches": self.searches,
+            "statistics": self.statistics, "searches": self.searches, "budget_met": self.budget_met,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -239,6 +300,7 @@ class Surgery(Callback):
         self.whole = {name: value.to(device) for name, value in state["whole"].items()}
         self.masks = {name: value.to(device) for name, value in state["masks"].items()}
         self.scales, self.statistics, self.searches = state["scales"], state["statistics"], state["searches"]
+        self.budget_met = state["budget_met"]
 
     def _active(self, step: int) -> Tensor:
         return torch.rand(len(self.gammas)) < 1 / (1 + self.gammas * step)
@@ -289,6 +351,7 @@ class Surgery(Callback):
                 population=method.population,
                 evaluations=method.evaluations,
                 random=generator(trainer.seed, trainer.step),
+                search=method.search,
             )
         # Every process has searched on its own share of the batch; the first one's thresholds hold.
         best = broadcast(best.to(trainer.device)).cpu()

@@ -5,18 +5,23 @@ A zeroed filter can grow back and another be chosen; what is zero at the end is 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from efficientdnns.budget import Plan
 from efficientdnns.errors import ModelError
 from efficientdnns.method import Paper, Ratio, TrainingMethod
-from efficientdnns.parts.structured import lowest, matches
+from efficientdnns.parts.budgets import check_patterns, costs, limits_of, matches, meet, require_reachable, targets_of
+from efficientdnns.parts.structured import Holder, Scope, WidthCosts, Widths, holders, weakest
 from efficientdnns.session import Session
 from efficientdnns.surgery import ChannelGraph, absorb_constants, narrow_output, remove
 from efficientdnns.training import Callback, Trainer
+from efficientdnns.training.sparsity import apply_masks
 
 
 def filter_norms(weight: Tensor, norm: int = 2) -> Tensor:
@@ -75,14 +80,21 @@ class SoftFilterPruning(TrainingMethod):
         url="https://arxiv.org/abs/1808.06866",
     )
     kind: ClassVar[str] = "pruning"
+    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params", "bytes", "latency"})
     contract_fields: ClassVar[dict[str, Any]] = {"epochs": 2, "learning_rate": 0.01}
 
     pruning_ratio: Ratio = 0.3
-    """P: share of filters zeroed in each layer."""
+    """P: share of filters zeroed in each layer; solved for when the run has a budget."""
+    scope: Scope = "layer"
+    """One share for every layer, or one threshold for all: on norms divided by their mean in the layer, before training."""
+    round_to: PositiveInt = 1
+    """Every layer keeps a multiple of this many filters, or all of them."""
     norm: Literal[1, 2] = 2
     """p of the norm."""
     every: PositiveInt = 1
     """Epochs between prunings."""
+    soft: bool = True
+    """Whether zeroed filters go on being trained; without it those of the first pruning stay zero, as a control."""
     skip: tuple[str, ...] = ("*downsample*", "*shortcut*")
     """Convolutions left alone, as name patterns."""
     epochs: PositiveInt = 200
@@ -95,16 +107,46 @@ class SoftFilterPruning(TrainingMethod):
                 f"{type(session.model).__name__} has no convolution for {self.name} to prune; check skip={self.skip}"
             )
 
+    def check_network(self, session: Session) -> None:
+        if "skip" in self.model_fields_set:
+            check_patterns(self.skip, _convolutions(session.model), f"{self.name}: skip")
+        if limits_of(session, self):
+            least = self.offer(session.model).least
+            require_reachable(
+                session, self, lambda: shrunk(session.model, self.zeroed(session.model, least), session)[0]
+            )
+
+    def offer(self, model: nn.Module) -> Widths:
+        """The numbers of filters to choose from."""
+        return Widths.of(self.norms(model), scope=self.scope, round_to=self.round_to)
+
+    def norms(self, model: nn.Module) -> dict[str, Tensor]:
+        """The norm of every filter by layer."""
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in self.layers(model)}
+        return {name: filter_norms(weight, self.norm).cpu() for name, weight in weights.items()}
+
+    def zeroed(self, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+        """Indices of the filters of smallest norm that go when each layer keeps as many as the plan says."""
+        return {name: weakest(norms, len(norms) - plan[name]) for name, norms in self.norms(model).items()}
+
+    def plan(self, session: Session, model: nn.Module) -> Plan:
+        """How many filters each layer keeps: what the budget allows, or N - floor(N P) without one."""
+        offer = self.offer(model)
+        if not limits_of(session, self):
+            return offer.at(self.pruning_ratio)
+        return meet(
+            session,
+            self,
+            propose=offer.propose,
+            estimate=WidthCosts(session, model, offer.full, _held(model, session, list(offer.full))),
+            build=lambda plan: shrunk(model, self.zeroed(model, plan), session)[0],
+            least=offer.least,
+            full=offer.full,
+        )
+
     def layers(self, model: nn.Module) -> list[str]:
         """The convolutions that are pruned: all of more than one filter that are neither depthwise nor skipped."""
-        return [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            and module.out_channels > 1
-            and not (module.groups > 1 and module.groups == module.in_channels)
-            and not matches(name, self.skip)
-        ]
+        return [name for name in _convolutions(model) if not matches(name, self.skip)]
 
     def callback(self, session: Session) -> Callback:
         return SoftPruning(self, session)
@@ -117,12 +159,25 @@ class SoftPruning(Callback):
 
     def __init__(self, method: SoftFilterPruning, session: Session) -> None:
         self.method, self.session = method, session
+        self.masks: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer) -> None:
-        self.layers = self.method.layers(trainer.model)
+        self.kept = self.method.plan(self.session, trainer.model)
 
     def start(self, trainer: Trainer) -> None:
         self.prune(trainer.model)
+        if not self.method.soft:
+            weights = {f"{name}.weight": trainer.model.get_parameter(f"{name}.weight") for name in self.kept}
+            self.masks = {name: weight.detach() != 0 for name, weight in weights.items()}
+
+    def after_step(self, trainer: Trainer) -> None:
+        apply_masks(trainer.model, self.masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": self.masks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.masks = {name: mask.to(self.session.device) for name, mask in state["masks"].items()}
 
     def epoch_end(self, trainer: Trainer) -> None:
         if (trainer.epoch + 1) % self.method.every == 0 or trainer.epoch + 1 == trainer.epochs:
@@ -131,34 +186,78 @@ class SoftPruning(Callback):
     @torch.no_grad()
     def prune(self, model: nn.Module) -> None:
         """Set the weakest filters of every layer to zero."""
-        for name in self.layers:
+        for name, filters in self.method.zeroed(model, self.kept).items():
             weight = model.get_parameter(f"{name}.weight")
-            weight[self.weakest(weight).to(weight.device)] = 0
-
-    def weakest(self, weight: Tensor) -> Tensor:
-        """Indices of the floor(N P) filters of smallest norm."""
-        return lowest(filter_norms(weight.detach(), self.method.norm).cpu(), self.method.pruning_ratio)
+            weight[filters.to(weight.device)] = 0
 
     def finish(self, trainer: Trainer) -> None:
-        model, example = trainer.model.eval(), self.session.example_input
-        zero = {name: self.weakest(model.get_parameter(f"{name}.weight")) for name in self.layers}
-        graph = ChannelGraph.trace(model, example)
-        alone = {}
-        for group in graph.groups:
-            if graph.producers(group) == [group.name] and group.name in zero:
-                rows = next(m.index[:, 0] for m in group.members if m.role == "out")
-                alone[group.name] = torch.isin(rows, zero[group.name]).nonzero().flatten()
-        absorbed, selection, varying = absorb_constants(model, example, alone, graph)
-        # Traced anew: layers that took constants over may have got a bias.
-        small = remove(absorbed, example, selection) if selection else absorbed
-        for name, filters in zero.items():
-            if name not in alone and len(filters):
-                gone = set(filters.tolist())
-                keep = [i for i in range(model.get_parameter(f"{name}.weight").shape[0]) if i not in gone]
-                small = narrow_output(small, example, name, keep)
-        trainer.model = small
-        self.session.report(
+        session, method, model = self.session, self.method, trainer.model.eval()
+        zero = method.zeroed(model, self.kept)
+        trainer.model, removed, varying = shrunk(model, zero, session)
+        # Which constants have to be carried on is known only now, and so is how well the floats can be coded.
+        targets = {name: value for name, value in targets_of(session, method).items() if name != "latency"}
+        got = costs(session, trainer.model, list(targets))
+        if any(got[name] > target for name, target in targets.items()):
+            zero = method.zeroed(model, method.plan(session, model))
+            trainer.model, removed, varying = shrunk(model, zero, session)
+        session.report(
             zeroed={name: len(filters) for name, filters in zero.items()},
-            removed={name: len(units) for name, units in selection.items()},
+            removed={name: len(units) for name, units in removed.items()},
             constants_dropped=varying,
         )
+
+
+def shrunk(
+    model: nn.Module, zero: Mapping[str, Tensor], session: Session
+) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
+    """The small network that computes what ``model`` computes with the filters ``zero`` (layer -> indices) at zero.
+
+    Returns:
+        The network, the channels that are gone with their readers, and the groups whose constants were dropped.
+    """
+    model, example = copy.deepcopy(model).eval(), session.example_input
+    with torch.no_grad():
+        for name, filters in zero.items():
+            weight = model.get_parameter(f"{name}.weight")
+            weight[filters.to(weight.device)] = 0
+    graph = ChannelGraph.trace(model, example)
+    alone = {}
+    for group in graph.groups:
+        if graph.producers(group) == [group.name] and group.name in zero:
+            rows = next(m.index[:, 0] for m in group.members if m.role == "out")
+            alone[group.name] = torch.isin(rows, zero[group.name]).nonzero().flatten()
+    absorbed, selection, varying = absorb_constants(model, example, alone, graph)
+    # Traced anew: layers that took constants over may have got a bias.
+    small = remove(absorbed, example, selection) if selection else absorbed
+    tied = [name for name, filters in zero.items() if name not in alone and len(filters)]
+    # One graph does for all: narrowing a layer changes the name of no other.
+    graph = ChannelGraph.trace(small, example, verify=False) if tied else graph
+    for name in tied:
+        gone = set(zero[name].tolist())
+        keep = [i for i in range(model.get_parameter(f"{name}.weight").shape[0]) if i not in gone]
+        small = narrow_output(small, example, name, keep, graph=graph)
+    return small, selection, varying
+
+
+def _convolutions(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and module.out_channels > 1
+        and not (module.groups > 1 and module.groups == module.in_channels)
+    ]
+
+
+def _held(model: nn.Module, session: Session, layers: list[str]) -> dict[str, list[Holder]]:
+    """What goes with a filter of each layer: its rows, and what reads them where nothing else is added to them."""
+    graph = ChannelGraph.trace(model, session.example_input)
+    alone = {g.name: g for g in graph.groups if graph.producers(g) == [g.name]}
+    own = dict(model.named_parameters())
+    held: dict[str, list[Holder]] = {}
+    for name in layers:
+        rows = [f"{part}.{tensor}" for part in (name, graph.batch_norm_after(name)) for tensor in ("weight", "bias")]
+        group = alone.get(name)
+        whole = group is not None and group.size == len(own[f"{name}.weight"])
+        held[name] = holders(group) if group is not None and whole else [(row, 0, 1) for row in rows if row in own]
+    return held

@@ -1,0 +1,97 @@
+"""What every method with budgets must satisfy; it goes through all of it by naming its limits in ``budgets``."""
+
+from __future__ import annotations
+
+import pytest
+
+import efficientdnns as ed
+from efficientdnns.measurement.macs import count_macs
+from efficientdnns.session import Session
+from efficientdnns.training import Trainer
+
+SOLVERS = [method for method in ed.methods() if method.budgets]
+SIZES = {"macs": 0.6, "params": 0.5, "bytes": 0.15}
+COARSE = 0.96
+"""A channel of LeNet-5 is up to 4 % of its multiply-accumulates."""
+
+
+def ident(method: type[ed.Method]) -> str:
+    return method.name
+
+
+def compress(model, task, method, budget, **options):
+    return ed.compress(
+        model, task, [method(**method.contract_fields)], budget=budget, quiet=True, latency=False, **options
+    )
+
+
+def assert_used_up(result) -> None:
+    assert result.budget
+    assert all(line.met for line in result.budget), result.budget
+    assert max(line.got / line.asked for line in result.budget) > COARSE, result.budget
+
+
+@pytest.mark.parametrize("method", SOLVERS, ids=ident)
+def test_meets_its_limits_together_and_uses_them_up(method, trained, digits, tmp_path) -> None:
+    budget = ",".join(f"{name}={share}" for name, share in SIZES.items() if name in method.budgets)
+    result = compress(trained, digits, method, budget)
+    assert_used_up(result)
+    assert result.report.methods[0].findings["budget"].keys() == {line.name for line in result.budget}
+    result.save(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size <= 0.15 * result.before.bytes
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Latency by a clock that runs with the multiply-accumulates; it sees every network that is timed."""
+    seen: list[float] = []
+
+    def latency(session: Session, model) -> float:
+        def of(network) -> float:
+            return 0.1 + 1e-6 * count_macs(network, session.task.example_input).total
+
+        session.original_latency = of(session.original)
+        seen.append(of(model))
+        return seen[-1]
+
+    monkeypatch.setattr(Session, "latency", latency)
+    return seen
+
+
+@pytest.mark.parametrize("method", [m for m in SOLVERS if "latency" in m.budgets], ids=ident)
+def test_meets_a_latency_by_measuring_candidates(method, trained, digits, clock) -> None:
+    assert_used_up(compress(trained, digits, method, "latency=0.6"))
+    assert len(clock) > 3
+
+
+@pytest.mark.parametrize("method", SOLVERS, ids=ident)
+def test_unreachable_limits_are_refused_before_training_with_what_is_reachable(
+    method, trained, digits, monkeypatch
+) -> None:
+    def train(self) -> None:
+        raise AssertionError("trained for a budget that is out of reach")
+
+    monkeypatch.setattr(Trainer, "fit", train)
+    limits = sorted(method.budgets & SIZES.keys())
+    message = f"{limits[0]}=.* cannot be met: .*the least that is reachable"
+    with pytest.raises(ed.BudgetError, match=message) as error:
+        compress(trained, digits, method, ",".join(f"{name}=1e-6" for name in limits))
+    assert "\n" not in str(error.value)
+
+
+def test_real_latency_is_met_as_measured_or_refused(trained, digits) -> None:
+    try:
+        result = compress(trained, digits, ed.NISP, "latency=0.7")
+    except ed.BudgetError:
+        return
+    planned = result.report.methods[0].findings["budget"]["latency"]
+    assert planned["planned"] <= planned["asked"] * 1.1
+
+
+def test_the_last_method_that_can_meets_a_limit(trained, digits) -> None:
+    chain = [ed.NISP(pruning_ratio=0.2, samples=64), ed.ADMMPruning(**ed.ADMMPruning.contract_fields)]
+    result = ed.compress(trained, digits, chain, budget="macs=0.6,bytes=0.1", quiet=True, latency=False)
+    assert all(line.met for line in result.budget)
+    nisp, admm = (record.findings["budget"].keys() for record in result.report.methods)
+    assert (nisp, admm) == ({"macs"}, {"bytes"})
+    assert all(line.got > 0.95 * line.asked for line in result.budget)
