@@ -238,3 +238,86 @@ def test_from_spec_errors_are_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError) as caught:
         Task.from_spec(text.format(tmp=tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_masked_tokens_count_for_nothing() -> None:
+    ids, targets = torch.randint(0, 5, (6, 4)), torch.full((6, 4), -100)
+    targets[:, 1] = ids[:, 1]
+    task = Task((ids, targets), (ids, targets), kind="language-modelling", num_classes=5)
+    model = nn.Embedding(5, 5)
+    expected = F.cross_entropy(model(ids[:, 1]), ids[:, 1]).item()
+    assert task.evaluate(model, batch_size=4).value == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_logits_of_output_objects() -> None:
+    class Output(dict):
+        logits = torch.eye(5)[:2]
+
+    task = Task.from_tensors(pair(), pair())
+    model = nn.Identity()
+    model.forward = lambda x: Output(logits=x, hidden_states=None)  # type: ignore[method-assign]
+    assert torch.equal(task.outputs(model, torch.ones(2, 5)), torch.eye(5)[:2])
+    other = Task.from_tensors(pair(), pair(), forward=lambda model, x: model(x)["logits"])
+    assert torch.equal(other.outputs(model, torch.ones(2, 5)), torch.ones(2, 5))
+
+
+def test_segmentation() -> None:
+    masks = torch.randint(0, 3, (10, 4, 4))
+    masks[:, 0] = 255
+    images = F.one_hot(masks.clamp(max=2), 4).permute(0, 3, 1, 2).float()
+    task = Task((images, masks), (images, masks), kind="segmentation", num_classes=4)
+    assert task.evaluate(nn.Identity()).value == 100
+    assert Task((images, masks), kind="segmentation").num_classes == 3
+    shifted = nn.Conv2d(4, 4, 1)
+    by_batches = {task.evaluate(shifted, batch_size=size).value for size in (1, 3, 10)}
+    assert len(by_batches) == 1
+    for targets, message in ((masks.float(), "expected class indices"), (masks[:, 0], "expected class indices")):
+        with pytest.raises(DataError, match=message):
+            Task((images, targets), kind="segmentation")
+    with pytest.raises(DataError, match="hold 3 classes, but num_classes is 2"):
+        Task((images, masks), kind="segmentation", num_classes=2)
+
+
+def test_detection_batches_are_lists() -> None:
+    images = [torch.rand(3, 8 + i, 8) for i in range(6)]
+    boxes = torch.tensor([[0.0, 0, 2, 2], [2, 2, 5, 5], [5, 0, 7, 2], [0, 5, 2, 7], [3, 3, 4, 4]])
+    targets = [{"boxes": boxes[:i], "labels": torch.ones(i, dtype=torch.long)} for i in range(6)]
+    task = Task((images, targets), (images, targets), kind="detection", calibration_share=0.5)
+    assert task.num_classes == 2
+    assert isinstance(task.example_input, tuple)
+    assert [image.shape for image in task.example_input[0]] == [(3, 8, 8)]
+    assert (len(task.train), len(task.calibration)) == (3, 3)  # type: ignore[arg-type]
+
+    class Detector(nn.Module):
+        def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> object:
+            if self.training:
+                assert targets is not None
+                return {"a": torch.tensor(1.0), "b": torch.tensor(float(sum(len(t["labels"]) for t in targets)))}
+            rows = [len(image[0]) - 8 for image in images]
+            found = [{k: v for k, v in targets_[i].items()} | {"scores": torch.ones(i)} for i in rows]
+            return found
+
+    targets_, model = targets, Detector()
+    assert task.evaluate(model, batch_size=4) == ("map", pytest.approx(100), "evaluation", 6, True, "%")
+    assert task.evaluate(model, limit=2).n == 2
+    batch = next(task.evaluation.batches(4))  # type: ignore[union-attr]
+    assert task.loss(task.outputs(model.train(), batch.inputs, batch.targets), batch.targets) == 7
+    assert isinstance(task.outputs(model.eval(), batch.inputs, batch.targets), list)
+    with pytest.raises(DataError, match="no boxes"):
+        Task((images, [{"box": 1}] * 6), kind="detection")
+    with pytest.raises(DataError, match="6 inputs but 5 targets"):
+        Task((images, targets[:5]), kind="detection")
+
+
+def test_embeddings_and_labels_from_a_network() -> None:
+    x = torch.rand(12, 4)
+    model = nn.Linear(4, 3)
+    task = Task((x,), (x,), kind="feature-extraction").labelled_by(model)
+    assert task.has_labels
+    assert task.evaluate(model).value == pytest.approx(100)
+    half = nn.Linear(4, 3)
+    expected = F.cosine_similarity(half(x), model(x)).mean().item()
+    assert task.evaluate(half, batch_size=5).value == pytest.approx(100 * expected, rel=1e-5)
+    assert task.loss(half(x), model(x)).item() == pytest.approx(1 - expected, rel=1e-5)
+    with pytest.raises(DataError, match="not in memory"):
+        Task(DataLoader(TensorDataset(x)), kind="feature-extraction").labelled_by(model)

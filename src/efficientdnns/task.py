@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from efficientdnns.data.convert import as_split, carve
 from efficientdnns.data.images import folder_source, image_source, parquet_source
 from efficientdnns.data.metric import DEFAULTS, METRICS, Loss, Metric, MetricValue, as_metric
 from efficientdnns.data.named import named_source, names
 from efficientdnns.data.nested import first, length, to_device
+from efficientdnns.data.outputs import read
 from efficientdnns.data.source import Source, check_options
 from efficientdnns.data.split import Augment, LoaderSplit, Prepare, Split, TensorSplit
+from efficientdnns.data.targets import check_targets, count_classes
 from efficientdnns.errors import ConfigurationError, DataError, suggest
 from efficientdnns.models.user_code import call_factory
 
 __all__ = ["KINDS", "METRICS", "Loss", "Metric", "MetricValue", "Task", "device_of"]
 
-KINDS = ("classification", "regression", "language-modelling", "custom")
+KINDS = (
+    "classification",
+    "regression",
+    "language-modelling",
+    "segmentation",
+    "detection",
+    "feature-extraction",
+    "custom",
+)
 PARTS = ("train", "calibration", "evaluation")
+
+BATCH_SIZE = {"segmentation": 8, "detection": 8}
+"""Samples in a batch of an evaluation, by kind of task, where it is not 512."""
 
 _ORDER = ("train", "evaluation", "calibration")
 _OPTIONS = ("kind", "loss", "metric", "forward", "example_input", "num_classes", "calibration_share", "name", "seed")
@@ -40,15 +53,31 @@ class Task:
     Args:
         train, evaluation, calibration: splits, or anything `efficientdnns.data.as_split` takes; ``None`` where there is
             no such data.
-        kind: ``classification`` (cross-entropy, accuracy in percent), ``regression`` (mean squared error, mse),
-            ``language-modelling`` (outputs (B, T, V), mean cross-entropy over all tokens, perplexity) or ``custom``.
+        kind: what the network is for; see below.
         loss: ``(outputs, targets) -> scalar`` in place of the kind's own.
-        metric: a `Metric`, a name (``accuracy``, ``mse``, ``perplexity``, ``bits-per-character``), or a function
-            ``(outputs, targets) -> mean over the batch`` (higher is better).
-        forward: ``(model, inputs) -> outputs`` in place of ``model(inputs)`` (a tuple is unpacked, a mapping
-            passed by name).
-        example_input: a batch of one; by default the first sample.
-        num_classes: classes, or size of the vocabulary; by default what the training data tells.
+        metric: a `Metric`, the name of one of `METRICS`, or a function ``(outputs, targets) -> mean over the batch``
+            (higher is better).
+        forward: ``(model, inputs) -> outputs`` in place of `outputs`.
+        example_input: a batch of one; by default the first sample. A list of samples is kept as ``(list,)``: the
+            arguments of one call.
+        num_classes: classes, or size of the vocabulary; by default what the training data tells. A detector's count the
+            background, label 0, as torchvision's do.
+
+    Kinds:
+        ``classification``: targets (B,); cross-entropy, accuracy in percent.
+        ``regression``: mean squared error, mse.
+        ``language-modelling``: outputs (B, T, V), targets (B, T); mean cross-entropy over all tokens, perplexity. Tokens
+        whose target is -100 count for nothing, as in masked language modelling.
+        ``segmentation``: outputs (B, C, h, w), targets (B, H, W); `data.segmentation.segmentation_loss` (an auxiliary
+        output of torchvision's networks counts half, pixels of class 255 not at all), mean-iou in percent.
+        ``detection``: inputs are a list of images (C, H, W), targets a list of ``{"boxes": (n, 4), "labels": (n,)}``;
+        a detector in training mode is called as ``model(images, targets)`` and returns a dictionary of losses, whose
+        sum is the loss, in evaluation mode a list of ``{"boxes", "labels", "scores"}``; metric map in percent (or
+        ap50).
+        ``feature-extraction``: outputs are embeddings (B, D), by default the mean over the tokens of an encoder; targets
+        (B, D) are those of another network (`labelled_by`); 1 - cosine similarity, cosine-similarity in percent.
+        ``custom``: your own loss and metric.
+    Of output objects with ``logits`` (Hugging Face) the first four kinds take these.
 
     Raises:
         ConfigurationError: an unknown kind or metric, or a custom task without loss or metric.
@@ -85,11 +114,17 @@ class Task:
         self.loss: Loss = loss or default_loss  # type: ignore[assignment]
         self.metric: Metric = as_metric(metric or default_metric)
         self.forward = forward
-        self.num_classes = num_classes if num_classes is not None else self._count_classes()
-        self._check_targets()
+        splits = [split for split in (self.train, self.evaluation, self.calibration) if split is not None]
+        for split in splits:
+            check_targets(kind, split, num_classes)
+        if num_classes is None:
+            counts = [classes for split in splits if (classes := count_classes(kind, split)) is not None]
+            num_classes = max(counts, default=None)
+        self.num_classes = num_classes
         if self.train is not None and self.calibration is None and calibration_share > 0:
             self._carve(calibration_share, seed)
-        self.example_input: Any = self._first_input() if example_input is None else example_input
+        example = self._first_input() if example_input is None else example_input
+        self.example_input: Any = (example,) if isinstance(example, list) else example
 
     @classmethod
     def from_name(cls, name: str, **options: Any) -> Task:
@@ -182,20 +217,29 @@ class Task:
         split = self.evaluation if self.train is None else self.train
         return split is not None and split.has_labels
 
-    def outputs(self, model: Any, inputs: Any) -> Any:
-        """The model's outputs for a batch of inputs, through the forward adaptor."""
+    def outputs(self, model: Any, inputs: Any, targets: Any = None) -> Any:
+        """The model's outputs for a batch of inputs: through the forward adaptor, or else as the kind of task reads them.
+
+        A tuple of inputs is unpacked and a mapping passed by name. ``targets`` are for a detector in training mode,
+        whose inputs become ``(inputs, targets)``.
+        """
+        training = bool(getattr(model, "training", False))
+        if self.kind == "detection" and training and targets is not None:
+            inputs = (inputs, targets)
         if self.forward is not None:
             return self.forward(model, inputs)
         if isinstance(inputs, tuple):
-            return model(*inputs)
-        return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+            outputs = model(*inputs)
+        else:
+            outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        return read(self.kind, outputs, inputs, training)
 
     def evaluate(
         self,
         model: Any,
         split: str | Split = "evaluation",
         *,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         device: torch.device | str | None = None,
         limit: int | None = None,
     ) -> MetricValue:
@@ -203,6 +247,7 @@ class Task:
 
         Runs in evaluation mode without gradients and leaves every module's training flag as it was. ``device`` is where
         to run (the model is moved there and stays); by default where the model is. ``limit`` keeps the first samples.
+        ``batch_size`` is 512 by default, 8 for segmentation and detection.
         Raises `DataError` if the task has no such split or the split no labels.
         """
         data = self._split(split)
@@ -216,24 +261,27 @@ class Task:
             if device is not None:
                 model.to(device)
         place = torch.device(device) if device is not None else device_of(model)
-        total, count, samples = torch.zeros((), dtype=torch.float64, device=place), 0, 0
+        samples = 0
+
+        def parts() -> Iterator[tuple[Any, int]]:
+            nonlocal samples
+            for inputs, targets, _ in data.batches(batch_size or BATCH_SIZE.get(self.kind, 512)):
+                if limit is not None:
+                    inputs, targets = first((inputs, targets), limit - samples)
+                inputs, targets = to_device((inputs, targets), place)
+                samples += length(targets)
+                yield self.metric.function(self.outputs(model, inputs), targets)
+                if samples == limit:
+                    return
+
         try:
             with torch.inference_mode():
-                for inputs, targets, _ in data.batches(batch_size):
-                    if limit is not None:
-                        inputs, targets = first((inputs, targets), limit - samples)
-                    inputs, targets = to_device((inputs, targets), place)
-                    part, number = self.metric.function(self.outputs(model, inputs), targets)
-                    total = total + torch.as_tensor(part, dtype=torch.float64, device=place)
-                    count, samples = count + number, samples + length(targets)
-                    if samples == limit:
-                        break
+                value, count = self.metric.over(parts())
         finally:
             for module, mode in modes:
                 module.training = mode
         if count == 0:
             raise DataError(f"the {data.name} split of task '{self.name}' is empty; {self.metric.name} needs samples")
-        value = self.metric.finish(total.item() / count)
         return MetricValue(self.metric.name, value, data.name, samples, self.metric.higher_is_better, self.metric.unit)
 
     def with_(self, **changes: Any) -> Task:
@@ -256,6 +304,23 @@ class Task:
         return self.with_(
             **{part: split.without_labels() for part in PARTS if (split := getattr(self, part)) is not None}
         )
+
+    def labelled_by(self, model: nn.Module, *, batch_size: int = 128) -> Task:
+        """A copy whose targets are what ``model`` gives now: its embeddings (or logits) become what is to be matched.
+
+        Only for data in memory (`from_tensors`); raises `DataError` for other splits. The outputs are computed once, from
+        inputs without augmentation.
+        """
+        labelled = {part: split for part in PARTS if (split := getattr(self, part)) is not None}
+        model.eval()
+        for part, split in labelled.items():
+            if not isinstance(split, TensorSplit):
+                raise DataError(f"the {split.name} split is not in memory; give tensors (Task.from_tensors)")
+            with torch.no_grad():
+                batches = (to_device(batch.inputs, device_of(model)) for batch in split.batches(batch_size))
+                outputs = torch.cat([self.outputs(model, inputs).cpu() for inputs in batches])
+            labelled[part] = split.with_targets(outputs)
+        return self.with_(**labelled)
 
     def to(self, device: torch.device | str) -> Task:
         """A copy whose in-memory splits lie on ``device``, so that batches are cut there."""
@@ -298,29 +363,6 @@ class Task:
         if found is None:
             raise DataError(f"task '{self.name}' has no {split} split; give {split}= when making the task")
         return found
-
-    def _count_classes(self) -> int | None:
-        if self.kind not in ("classification", "language-modelling"):
-            return None
-        counts = [split.classes() for part in PARTS if (split := getattr(self, part)) is not None]
-        return max((count for count in counts if count is not None), default=None)
-
-    def _check_targets(self) -> None:
-        for split in (self.train, self.evaluation, self.calibration):
-            if self.kind != "classification" or not isinstance(split, TensorSplit) or not split.has_labels:
-                continue
-            targets = split.targets
-            if not isinstance(targets, Tensor) or (targets.is_floating_point() and targets.dim() < 2):
-                raise DataError(
-                    f"the {split.name} targets are no class indices; expected integers, or kind='regression'"
-                )
-            if not targets.is_floating_point() and targets.numel() and int(targets.min()) < 0:
-                raise DataError(f"the {split.name} targets hold class {int(targets.min())}; expected integers from 0")
-            classes = split.classes()
-            if classes is not None and self.num_classes is not None and classes > self.num_classes:
-                raise DataError(
-                    f"the {split.name} targets hold {classes} classes, but num_classes is {self.num_classes}"
-                )
 
     def _carve(self, share: float, seed: int) -> None:
         assert self.train is not None

@@ -27,6 +27,7 @@ SHAPE = {
     "small-resnet": "28",
     "fitnet-mnist": "28",
     "char-lstm": "text",
+    "transformer": "text",
 }
 PARAMETERS = {
     "lenet-300-100": 266_610,
@@ -42,6 +43,7 @@ PARAMETERS = {
     "wrn-16-1": 175_066,
 }
 LARGE = {"wrn-28-10", "wrn-40-10", "wrn-22-4", "wrn-16-4", "wrn-28-2", "wrn-40-2"}
+LARGE |= {name for name in models.names() if name.startswith("transformer-")}
 
 
 @pytest.mark.parametrize("name", sorted(set(models.names()) - LARGE))
@@ -51,7 +53,7 @@ def test_built_in_networks_run_with_another_number_of_classes(name: str) -> None
     x = torch.randint(0, 7, shape) if SHAPE.get(name) == "text" else torch.randn(shape)
     with torch.no_grad():
         assert model(x).shape == ((2, 9, 7) if SHAPE.get(name) == "text" else (2, 7))
-    assert model.factory == {"spec": name, "options": {"vocabulary" if name == "char-lstm" else "num_classes": 7}}
+    assert model.factory == {"spec": name, "options": {"vocabulary" if SHAPE.get(name) == "text" else "num_classes": 7}}
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def as_split(
 ) -> Split:
     """A `Split` of what the user has: a split, a loader, a data set, a tensor or array, or ``(inputs, targets)``.
 
-    A ``TensorDataset`` becomes a `TensorSplit`. The options hold where the split is made here.
+    A ``TensorDataset`` becomes a `TensorSplit`; a list of images with a list of dictionaries (``boxes``, ``labels``)
+    becomes a `DatasetSplit`. The options hold where the split is made here.
     """
     if isinstance(data, Split):
         return data
@@ -35,6 +37,13 @@ def as_split(
         data = (last,) if not inputs else (inputs[0] if len(inputs) == 1 else tuple(inputs), last)
     elif isinstance(data, Tensor | np.ndarray):
         data = (data,)
+    if isinstance(data, tuple | list) and len(data) == 2 and _each_a_mapping(data[1]):
+        if len(data[0]) != len(data[1]):
+            raise DataError(
+                f"the {name} split has {len(data[0])} inputs but {len(data[1])} targets; expected one for each"
+            )
+        data = list(zip(*data))
+        return DatasetSplit(data, name=name, num_workers=num_workers, prepare=prepare, augment=augment)
     if isinstance(data, tuple | list) and 1 <= len(data) <= 2 and not isinstance(data[0], Dataset | DataLoader):
         return TensorSplit(*data, name=name, prepare=prepare, augment=augment)
     if isinstance(data, Dataset):
@@ -43,6 +52,10 @@ def as_split(
         f"the {name} split is a {type(data).__name__}; "
         "expected tensors (inputs, targets), a torch Dataset, a DataLoader or a Split"
     )
+
+
+def _each_a_mapping(targets: Any) -> bool:
+    return isinstance(targets, list) and len(targets) > 0 and all(isinstance(target, Mapping) for target in targets)
 
 
 def carve(

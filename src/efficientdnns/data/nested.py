@@ -1,4 +1,8 @@
-"""Inputs and targets may be tensors, or tuples, lists and dictionaries of them: the few things done to all."""
+"""Inputs and targets may be tensors, or tuples, lists and dictionaries of them: the few things done to all.
+
+A tensor has its samples along the first dimension. A list is a batch of samples that differ in size, one entry each
+(images of a detector). A tuple holds several arguments, a mapping arguments by name; each of them holds all samples.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,20 @@ def select(value: Any, rows: Tensor) -> Any:
     return each(value, lambda tensor: tensor.index_select(0, rows))
 
 
+def cut(value: Any, part: slice) -> Any:
+    """The samples of a slice."""
+    if isinstance(value, Tensor | list):
+        return value[part]
+    if isinstance(value, tuple):
+        return tuple(cut(argument, part) for argument in value)
+    if isinstance(value, Mapping):
+        return {key: cut(argument, part) for key, argument in value.items()}
+    return value
+
+
 def first(value: Any, count: int) -> Any:
     """The first ``count`` samples."""
-    return each(value, lambda tensor: tensor[:count])
+    return cut(value, slice(count))
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
@@ -47,5 +62,11 @@ def to_device(value: Any, device: torch.device | str) -> Any:
 
 
 def length(value: Any) -> int:
-    """Number of samples: the length of the first tensor."""
-    return len(next(leaves(value)))
+    """Number of samples: the length of the first tensor or list."""
+    if isinstance(value, Tensor | list):
+        return len(value)
+    arguments = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+    held = next((part for part in arguments if isinstance(part, Tensor | list | tuple | Mapping)), None)
+    if held is None:
+        raise TypeError(f"a {type(value).__name__} without tensors has no length")
+    return length(held)

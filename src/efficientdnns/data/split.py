@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset, default_collate
 
-from efficientdnns.data.nested import each, leaves, length, select
+from efficientdnns.data.collate import as_batch, collate_lists, pair
+from efficientdnns.data.nested import cut, each, leaves, length, select
 from efficientdnns.errors import ConfigurationError, DataError
 
 Prepare = Callable[[Any], Any]
@@ -20,8 +21,6 @@ Prepare = Callable[[Any], Any]
 
 Augment = Callable[[Any, torch.Generator], Any]
 """A batched random function of the inputs; runs before `Prepare`, on training batches only."""
-
-TARGET_KEYS = ("targets", "target", "labels", "label")
 
 
 class Batch(NamedTuple):
@@ -169,6 +168,11 @@ class TensorSplit(Split):
         rows = torch.as_tensor(indices, dtype=torch.long).to(device)
         return self._with(lambda tensor: tensor.index_select(0, rows))
 
+    def with_targets(self, targets: Tensor) -> TensorSplit:
+        """The same samples with these targets."""
+        split = TensorSplit(self.inputs, targets, name=self.name, prepare=self.prepare, augment=self.augment)
+        return split.to(next(leaves(self.inputs)).device)
+
     def to(self, device: torch.device | str) -> TensorSplit:
         return self._with(lambda tensor: tensor.to(device))
 
@@ -186,13 +190,14 @@ class DatasetSplit(Split):
     """Any map-style torch ``Dataset``, read through a ``DataLoader``.
 
     An item is ``(inputs, target)``, ``(input, input, ..., target)``, a mapping with a key ``targets``, ``target``,
-    ``labels`` or ``label``, or the input alone (no labels). ``num_workers`` are loader processes; ``collate`` replaces
-    torch's default. Raises `DataError` if the data set has no length.
+    ``labels`` or ``label``, or the input alone (no labels). Where targets are mappings with ``boxes``, a batch is a list
+    of inputs and a list of targets. ``num_workers`` are loader processes; ``collate`` replaces torch's default. Raises
+    `DataError` if the data set has no length.
     """
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: Dataset[Any] | Sequence[Any],
         *,
         name: str = "train",
         num_workers: int = 0,
@@ -203,26 +208,29 @@ class DatasetSplit(Split):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise DataError(f"{type(dataset).__name__} has no length or items; give a DataLoader over it instead")
         self.dataset, self.name, self.num_workers = dataset, name, num_workers
-        self.prepare, self.augment, self.collate = prepare, augment, collate or default_collate
-        self.has_labels = len(self) > 0 and _pair(dataset[0])[1] is not None
+        target = pair(dataset[0])[1] if len(self) > 0 else None
+        boxes = isinstance(target, Mapping) and "boxes" in target
+        self.prepare, self.augment = prepare, augment
+        self.collate = collate or (collate_lists if boxes else default_collate)
+        self.has_labels = target is not None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def _fetch(self, batches: list[Tensor]) -> Iterator[tuple[Any, Any | None]]:
         loader: DataLoader[Any] = DataLoader(
-            self.dataset,
+            self.dataset,  # type: ignore[arg-type]
             batch_sampler=[rows.tolist() for rows in batches],
             num_workers=self.num_workers,
             collate_fn=self.collate,
             generator=torch.Generator(),
         )
         for item in loader:
-            yield _pair(item)
+            yield as_batch(item, self.collate)
 
     def subset(self, indices: Tensor | Sequence[int]) -> DatasetSplit:
         other = copy.copy(self)
-        other.dataset = Subset(self.dataset, torch.as_tensor(indices).tolist())
+        other.dataset = Subset(self.dataset, torch.as_tensor(indices).tolist())  # type: ignore[arg-type]
         return other
 
     def classes(self) -> int | None:
@@ -244,7 +252,7 @@ class LoaderSplit(Split):
             first = next(iter(loader))
         except StopIteration:
             raise DataError(f"the loader of the {name} split gives no batch") from None
-        self.has_labels = _pair(first)[1] is not None
+        self.has_labels = pair(first)[1] is not None
         self._counted: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -257,7 +265,7 @@ class LoaderSplit(Split):
     def _count(self) -> tuple[int, int]:
         """(batches, samples) of one pass."""
         if self._counted is None:
-            sizes = [length(_pair(item)[0]) for item in self.loader]
+            sizes = [length(pair(item)[0]) for item in self.loader]
             self._counted = len(sizes), sum(sizes)
         return self._counted
 
@@ -277,12 +285,13 @@ class LoaderSplit(Split):
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         sliced = world_size > 1 and not isinstance(sampler, DistributedSampler)
+        collate = getattr(self.loader, "collate_fn", None)
         for item in _seeded(self.loader, seed, epoch):
-            inputs, targets = _pair(item)
+            inputs, targets = as_batch(item, collate)
             if sliced:
                 if length(inputs) < world_size:
                     continue
-                inputs, targets = each((inputs, targets), lambda tensor: tensor[rank::world_size])
+                inputs, targets = cut((inputs, targets), slice(rank, None, world_size))
             yield Batch(inputs, targets if self.has_labels else None, None)
 
     def number_of_batches(self, batch_size: int, *, world_size: int = 1, drop_last: bool = False) -> int:
@@ -331,22 +340,6 @@ def _seeded(loader: Any, seed: int, epoch: int) -> Iterator[Any]:
             return
     yield first
     yield from batches
-
-
-def _pair(item: Any) -> tuple[Any, Any | None]:
-    """(inputs, targets) of an item or a collated batch."""
-    if isinstance(item, Mapping):
-        for key in TARGET_KEYS:
-            if key in item:
-                return {k: v for k, v in item.items() if k != key}, item[key]
-        return dict(item), None
-    if isinstance(item, tuple | list):
-        return (item[0], None) if len(item) == 1 else (_one(item[:-1]), item[-1])
-    return item, None
-
-
-def _one(values: Sequence[Any]) -> Any:
-    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _tensors(value: Any, convert: Callable[[Any], Tensor]) -> Any:

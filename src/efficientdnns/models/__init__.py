@@ -1,4 +1,4 @@
-"""Networks: built-in ones by name, torchvision's and timm's, the user's own, and saved results."""
+"""Networks: built-in ones by name, torchvision's, timm's and Hugging Face's, the user's own, and saved results."""
 
 from __future__ import annotations
 
@@ -15,33 +15,44 @@ from torch import Tensor, nn
 from efficientdnns.data.nested import leaves, to_device
 from efficientdnns.errors import DataError, EfficientDNNsError, ModelError, suggest
 from efficientdnns.models.catalogue import CATALOGUE, Entry
+from efficientdnns.models.hugging_face import hugging_face
 from efficientdnns.models.user_code import call_factory, load_factory
 from efficientdnns.models.weights import load_weights_into
+from efficientdnns.models.zoo import timm_model, torchvision_model
+from efficientdnns.storage import build_hollow
 
 if TYPE_CHECKING:
     from efficientdnns.task import Task
 
 __all__ = ["build", "check_fits", "describe", "load_weights_into", "names", "rebuild"]
 
+_ZOOS = {"torchvision": torchvision_model, "timm": timm_model, "hf": hugging_face}
+
 
 def build(spec: str, *, num_classes: int | None = None, weights: str | Path | None = None, **options: Any) -> nn.Module:
     """Build the network that ``spec`` names and set ``model.factory``, from which a saved result is rebuilt.
 
     Args:
-        spec: a built-in name (`names`), ``torchvision:NAME``, ``timm:NAME``, ``path/to/file.py:factory``,
-            ``package.module:factory``, or the folder of a saved result.
+        spec: a built-in name (`names`), ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME`` or ``hf:FOLDER``,
+            ``path/to/file.py:factory``, ``package.module:factory``, or the folder of a saved result.
         num_classes: size of the head, for every network that has such an option.
         weights: a file for `load_weights_into`.
-        options: the network's own (`describe` lists them). torchvision's and timm's networks take ``pretrained=True``.
+        options: the network's own (`describe` lists them). torchvision's and timm's networks take ``pretrained=True``;
+            Hugging Face's come with their weights. See also `zoo.torchvision_model` and `hugging_face.hugging_face`.
 
     ``model.factory`` is ``{"spec", "options"}``, with ``"path"``, the absolute path, for a file; a network whose
     options are no JSON data gets none. Raises `ModelError` with one line for anything that cannot be built.
     """
+    if weights is not None:
+        # Initial values would only be overwritten; a large network would take its memory twice.
+        model = build_hollow(lambda: build(spec, num_classes=num_classes, **options))
+        load_weights_into(model, weights)
+        return model
     prefix, _, name = spec.partition(":")
     if spec in CATALOGUE:
         model, used = _built_in(spec, CATALOGUE[spec], num_classes, options)
-    elif name and prefix in ("torchvision", "timm"):
-        model, used = (_torchvision if prefix == "torchvision" else _timm)(name, num_classes, options)
+    elif name and prefix in _ZOOS:
+        model, used = _ZOOS[prefix](name, num_classes, options)
     elif name:
         model, used = _own(spec, num_classes, options)
     elif (Path(spec) / "structure.json").is_file():
@@ -53,8 +64,6 @@ def build(spec: str, *, num_classes: int | None = None, weights: str | Path | No
         if spec.rpartition(":")[0].endswith(".py"):
             factory["path"] = str(Path(spec.rpartition(":")[0]).expanduser().resolve())
         model.factory = factory  # type: ignore[assignment]
-    if weights is not None:
-        load_weights_into(model, weights)
     return model
 
 
@@ -77,7 +86,7 @@ def describe(name: str) -> str:
     if name not in CATALOGUE:
         raise ModelError(f"no model is named '{name}'{suggest(name, CATALOGUE)}")
     entry = CATALOGUE[name]
-    parameters = sum(parameter.numel() for parameter in entry.factory().parameters())
+    parameters = sum(parameter.numel() for parameter in build_hollow(entry.factory).parameters())
     options = ", ".join(f"{key}={value!r}" for key, value in _options(entry).items())
     return f"{name}: {entry.summary} ({parameters:,} parameters; options {options})"
 
@@ -87,7 +96,9 @@ def check_fits(model: nn.Module, task: Task) -> None:
     """One forward pass of the task's example input; the model is left as it was.
 
     Raises:
-        ModelError: the input does not fit the model, or the head has another number of outputs than the task classes.
+        ModelError: the input does not fit the model, the head has another number of outputs than the task classes, or a
+            detector does not return detections.
+        DataError: the outputs are not what the kind of task reads.
     """
     modes = [(module, module.training) for module in model.modules()]
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -104,20 +115,43 @@ def check_fits(model: nn.Module, task: Task) -> None:
     finally:
         for module, mode in modes:
             module.training = mode
-    if task.num_classes is None or task.kind not in ("classification", "language-modelling"):
+    if task.kind == "detection":
+        return _check_detections(outputs)
+    if task.kind not in _EXPECTED or (
+        task.num_classes is None and task.kind in ("classification", "language-modelling")
+    ):
         return
     if not isinstance(outputs, Tensor):
         kind = type(outputs).__name__
         raise DataError(
-            f"the model returns a {kind}, expected a tensor of logits; "
+            f"the model returns a {kind}, expected a tensor of {_EXPECTED[task.kind]}; "
             "give the task forward=, e.g. forward=lambda model, x: model(x)[0]"
         )
-    dimension = 1 if task.kind == "classification" else -1
+    if task.num_classes is None or task.kind == "feature-extraction":
+        return
+    dimension = -1 if task.kind == "language-modelling" else 1
     found = outputs.shape[dimension] if outputs.dim() > 1 else 1
     if found != task.num_classes:
         raise ModelError(
             f"the model gives {found} outputs but task '{task.name}' has {task.num_classes} classes; "
             f"build it with num_classes={task.num_classes}"
+        )
+
+
+_EXPECTED = {
+    "classification": "logits",
+    "language-modelling": "logits",
+    "segmentation": "logits (B, C, H, W)",
+    "feature-extraction": "embeddings (B, D)",
+}
+
+
+def _check_detections(outputs: Any) -> None:
+    first = outputs[0] if isinstance(outputs, list) and outputs else outputs
+    if not isinstance(first, Mapping) or not {"boxes", "labels", "scores"} <= first.keys():
+        raise ModelError(
+            f"the detector returns a {type(first).__name__}; expected, in evaluation mode, a dictionary with boxes, "
+            "labels and scores for each image"
         )
 
 
@@ -149,35 +183,6 @@ def _options(entry: Entry) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in inspect.signature(entry.factory).parameters.values()}
 
 
-def _torchvision(name: str, num_classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        from torchvision import models as zoo
-    except ImportError:
-        raise ModelError("torchvision is not installed; pip install 'efficientdnns[vision]'") from None
-    if name not in zoo.list_models():
-        raise ModelError(f"torchvision has no model '{name}'{_near(name, zoo.list_models())}")
-    used = options | ({} if num_classes is None else {"num_classes": num_classes})
-    own = {key: value for key, value in used.items() if key != "pretrained"}
-    try:
-        return zoo.get_model(name, weights="DEFAULT" if used.get("pretrained") else None, **own), used
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise ModelError(f"torchvision:{name} cannot be built with {used}: {str(error).splitlines()[0]}") from error
-
-
-def _timm(name: str, num_classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        import timm
-    except ImportError:
-        raise ModelError("timm is not installed; pip install 'efficientdnns[vision]'") from None
-    if not timm.is_model(name.partition(".")[0]):
-        raise ModelError(f"timm has no model '{name}'{_near(name, timm.list_models())}")
-    used = options | ({} if num_classes is None else {"num_classes": num_classes})
-    try:
-        return timm.create_model(name, **used), used
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise ModelError(f"timm:{name} cannot be built with {used}: {str(error).splitlines()[0]}") from error
-
-
 def _own(spec: str, num_classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     used = dict(options)
     if num_classes is not None and _takes(load_factory(spec, ModelError), "num_classes"):
@@ -206,19 +211,15 @@ def _hint(spec: str) -> str:
         return "; the folder holds no saved result (structure.json)"
     if spec.endswith(".py"):
         return f"; name the function or class in it, e.g. {spec}:make_model"
-    return f"{suggest(spec, CATALOGUE)}, and no such folder; or write torchvision:NAME, timm:NAME or file.py:factory"
-
-
-def _near(name: str, known: list[str]) -> str:
-    hint = suggest(name, known)
-    return hint if "did you mean" in hint else ""
+    return f"{suggest(spec, CATALOGUE)}, and no such folder; or write torchvision:NAME, timm:NAME, hf:NAME or file.py:factory"
 
 
 def _as_data(options: dict[str, Any]) -> dict[str, Any] | None:
-    """The options as JSON has them, without ``pretrained`` (the weights are saved with a result), or ``None``."""
+    """The options as JSON has them, without where weights came from (they are saved with a result), or ``None``."""
     try:
         data: dict[str, Any] = json.loads(json.dumps(options))
     except (TypeError, ValueError):
         return None
-    data.pop("pretrained", None)
+    for key in ("pretrained", "weights_backbone"):
+        data.pop(key, None)
     return data

@@ -13,6 +13,7 @@ from efficientdnns.models.fitnet import FitNetMNIST
 from efficientdnns.models.lenet import LeNet5, LeNet5Original, LeNet300, lenet5_caffe
 from efficientdnns.models.perceptron import MLP
 from efficientdnns.models.recurrent import CharLSTM
+from efficientdnns.models.transformer import SIZES, Transformer
 from efficientdnns.models.vgg import cifar_vgg16, vgg_small
 from efficientdnns.models.wide_resnet import WideResNet
 
@@ -47,4 +48,13 @@ CATALOGUE: dict[str, Entry] = {
     },
     "fitnet-mnist": Entry(FitNetMNIST, "thin maxout network for 28 x 28"),
     "char-lstm": Entry(CharLSTM, "embedding, LSTM of 256, linear: a character language model", "vocabulary"),
+    "transformer": Entry(Transformer, "pre-norm transformer of any width and depth over token ids", "vocabulary"),
+    **{
+        f"transformer-{name}": Entry(
+            partial(Transformer, width=size.width, depth=size.depth),
+            f"transformer of width {size.width} and depth {size.depth}",
+            "vocabulary",
+        )
+        for name, size in SIZES.items()
+    },
 }

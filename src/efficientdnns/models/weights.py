@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from efficientdnns.errors import ModelError
+from efficientdnns.storage import fill
+
+MAPPED = 1 << 28
+"""Bytes of a safetensors file from which on its tensors are mapped rather than read."""
 
 
 def load_weights_into(model: nn.Module, file: str | Path) -> None:
@@ -18,13 +22,16 @@ def load_weights_into(model: nn.Module, file: str | Path) -> None:
 
     A checkpoint may hold them under ``state_dict`` or ``model``, and their names may begin with ``module.``. Every
     tensor must have its place and its shape; only batch-norm's ``num_batches_tracked`` may be absent on either side.
+    A large safetensors file is mapped: its tensors become the model's, and their pages are read when they are used
+    (see `efficientdnns.coding.map_weights`). Tensors without values (device meta) are taken over too.
     Raises `ModelError`, with the model as it was, if the file cannot be read, or with the names that are missing,
     unexpected or of another shape.
     """
     path = _find(Path(file))
     if not path.is_file():
         raise ModelError(f"there is no weights file {path}; give a .safetensors file or a torch checkpoint")
-    given = _without_prefix(_read(path))
+    mapped = path.suffix == ".safetensors" and path.stat().st_size >= MAPPED
+    given = _without_prefix(_read(path, mapped))
     own = model.state_dict()
     missing = [name for name in own if name not in given and not _counter(name)]
     unexpected = [name for name in given if name not in own and not _counter(name)]
@@ -39,7 +46,14 @@ def load_weights_into(model: nn.Module, file: str | Path) -> None:
     ]
     if listed:
         raise ModelError(f"{path} does not fit the model: {'; '.join(listed)}; give the weights of this architecture")
-    model.load_state_dict({name: given.get(name, value) for name, value in own.items()})
+    absent = {
+        name: torch.zeros_like(own[name], device="cpu") for name in own if name not in given and own[name].is_meta
+    }
+    state = own | absent | {name: value for name, value in given.items() if name in own}
+    if mapped or any(value.is_meta for value in own.values()):
+        fill(model, {name: value.to(own[name].dtype) for name, value in state.items()})
+    else:
+        model.load_state_dict(state)
 
 
 def _find(path: Path) -> Path:
@@ -51,11 +65,11 @@ def _find(path: Path) -> Path:
     return next((place for place in places if place.is_file()), path)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, mapped: bool) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from efficientdnns.coding import load_weights
+        from efficientdnns.coding import load_weights, map_weights
 
-        return load_weights(path)
+        return map_weights(path) if mapped else load_weights(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign file makes the restricted reader raise

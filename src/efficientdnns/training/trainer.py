@@ -118,7 +118,7 @@ class Trainer:
     def forward(self, batch: Batch) -> Any:
         """Outputs of the model in training mode under the run's precision."""
         with self.accelerator.autocast():
-            self.outputs = self.task.outputs(self.network, batch.inputs)
+            self.outputs = self.task.outputs(self.network, batch.inputs, batch.targets)
         return self.outputs
 
     def loss(self, batch: Batch, outputs: Any) -> Tensor:
