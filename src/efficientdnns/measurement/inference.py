@@ -28,9 +28,13 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def batch_size(inputs: Any) -> int:
     """Return the first dimension of the first tensor in ``inputs`` (nested tuples, lists and mappings are searched).
 
+    For a detector, called with a list of images, it is the number of images; see :func:`_samples`.
+
     Raises:
         DataError: ``inputs`` holds no tensor, or its first tensor has no dimension or no sample.
     """
+    if (images := _samples(inputs)) is not None:
+        return len(images)
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor):
             if leaf.dim() == 0 or leaf.size(0) == 0:
@@ -39,9 +43,18 @@ def batch_size(inputs: Any) -> int:
     raise DataError("the example input holds no tensor; give the tensors that the network is called with")
 
 
+def _samples(inputs: Any) -> list[Tensor] | None:
+    """The samples of a batch ``([tensor, ...], ...)``, whose first argument is a list of samples of different sizes."""
+    if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], list) and inputs[0]:
+        return inputs[0]
+    return None
+
+
 def with_batch(inputs: Any, samples: int) -> Any:
     """Return ``inputs`` with ``samples`` samples: tensors of the batch's first dimension are cut or repeated."""
     size = batch_size(inputs)
+    if (images := _samples(inputs)) is not None:
+        return ([images[number % size] for number in range(samples)], *inputs[1:])
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.size(0) != size:

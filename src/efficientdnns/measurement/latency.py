@@ -1,7 +1,7 @@
 """Latency that was measured: several networks interleaved in one run, so that a noisy machine cancels out.
 
-A runtime is a :class:`Runner`. The one here is eager PyTorch; another (a compiled network, an ONNX session) is one more
-class with the same two members and can be handed to :func:`measure_latency` beside or instead of networks.
+A runtime is a :class:`Runner`. The one here is eager PyTorch; `measurement.runtimes` has others (a compiled network, ONNX
+Runtime). Each is one class with the same two members, handed to :func:`measure_latency` instead of networks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def measure_latency(
     seconds: float = 5.0,
     forward: Forward | None = None,
 ) -> list[Latency]:
-    """Time ``models`` in turn, A B A B ..., and summarise the samples of each.
+    """Time ``models`` in turn, each once a round and in random order, and summarise the samples of each.
 
     A sample is the mean of as many calls as take :data:`SHORTEST_SAMPLE`, found beforehand for each network. The
     garbage collector rests meanwhile. Training flags, threads and the random state are restored.
@@ -201,17 +202,23 @@ def _runner(model: Any, forward: Forward | None) -> Runner:
 def _interleave(
     calls: Sequence[Callable[[], object]], *, repeats: int, warmup: int, seconds: float
 ) -> list[list[float]]:
-    """Milliseconds per call of each function, sampled in turn."""
+    """Milliseconds per call of each function, sampled in turn, in another order every round.
+
+    In a fixed order, the operating system's time slices would hit the same function round after round, on a machine
+    that does other work too.
+    """
     for _ in range(warmup):
         for function in calls:
             function()
     loops = [_loops(function) for function in calls]
     samples: list[list[float]] = [[] for _ in calls]
+    turns, shuffle = list(zip(calls, loops, samples, strict=True)), random.Random(0).shuffle
     end = perf_counter() + seconds
     for done in range(repeats):
         if done >= FEWEST_RUNS and perf_counter() > end:
             break
-        for function, count, taken in zip(calls, loops, samples, strict=True):
+        shuffle(turns)
+        for function, count, taken in turns:
             taken.append(1e3 * _time(function, count) / count)
     return samples
 
@@ -265,11 +272,13 @@ class Speedup:
 
 
 def speedup(before: Latency, after: Latency) -> Speedup:
-    """Return the ratio of the medians, before / after, with a bootstrapped interval over the rounds of their run.
+    """Return the median over the rounds of before / after, with a bootstrapped interval.
 
-    The rounds are drawn in pairs, so a disturbance that hit both networks cancels out. The difference is significant if
-    the whole 95 % interval lies more than :data:`NOISE` (3 %) away from 1, on one side, over at least
-    :data:`FEWEST_RUNS` rounds. The result is the same every time.
+    Each round timed both networks one after the other, so a disturbance that hit both cancels out, and one that hit
+    either as often as the other leaves the median of the ratios where it is; the quotient of the two medians would jump
+    with every second sample disturbed. The difference is significant if the whole 95 % interval lies more than
+    :data:`NOISE` (3 %) away from 1, on one side, over at least :data:`FEWEST_RUNS` rounds. The result is the same every
+    time.
 
     Raises:
         ConfigurationError: the two were not measured together by one :func:`measure_latency`, in one runtime.
@@ -283,10 +292,9 @@ def speedup(before: Latency, after: Latency) -> Speedup:
         raise ConfigurationError(
             f"before ran in {before.runtime} and after in {after.runtime}; measure both in the same runtime"
         )
-    pairs = np.array([before.samples, after.samples])
-    rounds = pairs.shape[1]
+    ratios = np.array(before.samples) / np.array(after.samples)
+    rounds = len(ratios)
     drawn = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
-    medians = np.median(pairs[:, drawn], axis=-1)
-    low, high = (float(value) for value in np.percentile(medians[0] / medians[1], [2.5, 97.5]))
+    low, high = (float(value) for value in np.percentile(np.median(ratios[drawn], axis=-1), [2.5, 97.5]))
     beyond_noise = low > 1 + NOISE or high < 1 / (1 + NOISE)
-    return Speedup(before.median / after.median, low, high, bool(beyond_noise and rounds >= FEWEST_RUNS))
+    return Speedup(float(np.median(ratios)), low, high, bool(beyond_noise and rounds >= FEWEST_RUNS))
