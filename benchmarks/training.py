@@ -1,9 +1,10 @@
 """What our training loop costs beside a hand-written one, and what each method adds to it: ratios measured in one run.
 
-    python benchmarks/training.py [--task mnist] [--steps 100] [--rounds 5]
+    python benchmarks/training.py [--task mnist] [--steps 100] [--rounds 5] [--text]
 
-Every arm trains LeNet-5 on the same tensors; the arms take turns, round after round, and the table shows the median over
-rounds of each arm's time divided by the time of its reference in the same round.
+Every arm trains LeNet-5 on the same tensors (with ``--text`` a character LSTM on tinyshakespeare); the arms take turns,
+round after round, and the table shows the median over rounds of each arm's time divided by the time of its reference in
+the same round.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ def by_hand(task: ed.Task) -> Callable[[], float]:
     return run
 
 
-def ours(task: ed.Task, method: TrainingMethod) -> Callable[[], float]:
+def ours(task: ed.Task, method: TrainingMethod, name: str = "lenet5") -> Callable[[], float]:
     """One epoch through the trainer with the method's callback; set-up and finish are not counted."""
 
     def run() -> float:
         torch.manual_seed(0)
-        model = ed.models.build("lenet5")
+        model = ed.models.build(name)
         settings = TrainingSettings(batch_size=BATCH, learning_rate=0.01, optimizer="sgd")
-        session = Session(model=model, task=task, original=ed.models.build("lenet5").eval(), settings=settings)
+        session = Session(model=model, task=task, original=ed.models.build(name).eval(), settings=settings)
         method.prepare(session)
         callbacks = [method.callback(session)]
         session.train(
@@ -78,14 +79,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--text", action="store_true", help="time the LSTM")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    task = ed.Task.from_name(options.task, limit=int(options.steps * BATCH / 0.9) + 1, evaluation_limit=100)
-    arms: dict[str, Callable[[], float]] = {"by hand": by_hand(task), "fit": ours(task, ed.Fit(epochs=1))}
-    for method in ed.methods():
-        if issubclass(method, TrainingMethod) and method.apply is TrainingMethod.apply:
-            arms[method.name] = ours(task, method(**{"epochs": 1, **FIELDS.get(method.name, {})}))
-    arms["int8-quantization (qat)"] = ours(task, ed.Int8Quantization(mode="qat", epochs=1))
+    network = "char-lstm" if options.text else "lenet5"
+    name = "tinyshakespeare" if options.text else options.task
+    task = ed.Task.from_name(name, limit=int(options.steps * BATCH / 0.9) + 1, evaluation_limit=100)
+    arms: dict[str, Callable[[], float]] = {"fit": ours(task, ed.Fit(epochs=1), network)}
+    if options.text:
+        for bits in (None, 2):
+            coding = ed.AlternatingMultibitQuantization(activation_bits=bits, epochs=1, learning_rate=0.1)
+            arms[f"{coding.name}, {'states too' if bits else 'weights'}"] = ours(task, coding, network)
+    else:
+        arms["by hand"] = by_hand(task)
+        for method in ed.methods():
+            if issubclass(method, TrainingMethod) and method.apply is TrainingMethod.apply:
+                arms[method.name] = ours(task, method(**{"epochs": 1, **FIELDS.get(method.name, {})}))
+        arms["int8-quantization (qat)"] = ours(task, ed.Int8Quantization(mode="qat", epochs=1))
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(options.rounds):
         for name, run in arms.items():
@@ -95,12 +105,12 @@ def main() -> None:
         "reference",
         "median ratio",
         "spread",
-        title=f"LeNet-5, {options.steps} steps of {BATCH}, {options.rounds} rounds",
+        title=f"{network}, {options.steps} steps of {BATCH}, {options.rounds} rounds",
     )
     for name in arms:
-        if name == "by hand":
-            continue
         reference = "by hand" if name == "fit" else "fit"
+        if name == "by hand" or reference not in arms:
+            continue
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds[reference]))
         table.add_row(name, reference, f"{statistics.median(ratios):.3f}", f"{ratios[0]:.3f}-{ratios[-1]:.3f}")
     Console().print(table)

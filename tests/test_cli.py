@@ -101,6 +101,7 @@ def test_a_network_and_a_data_folder_of_the_users_own(cli, tmp_path) -> None:
             "fit:epochs=12,batch_size=16",
         ),
         *("--method", "nisp:pruning_ratio=0.5", "--method", "fit:epochs=1", "--out", out, "--quiet"),
+        *("--runtimes", "eager"),
     )
     assert code == 0, err
     report = json.loads((out / "report.json").read_text())

@@ -15,12 +15,12 @@ from rich.table import Table
 
 import efficientdnns as ed
 from efficientdnns import method as registry
+from efficientdnns.deployment.saved import export_saved
 from efficientdnns.errors import ConfigurationError, EfficientDNNsError
-from efficientdnns.fit import make_accelerator
-from efficientdnns.models import check_fits
 from efficientdnns.recipe import Recipe, parse_method_text
 from efficientdnns.reproduce import recorded, reproduce_all
 from efficientdnns.run import make_model, make_task, run
+from efficientdnns.side_by_side import listed, numbers, side_by_side
 
 app = typer.Typer(
     add_completion=False,
@@ -34,7 +34,8 @@ console = Console()
 ModelOption = Annotated[
     str,
     typer.Option(
-        "--model", help="built-in name, torchvision:NAME, timm:NAME, path/to/file.py:factory, or a saved result"
+        "--model",
+        help="built-in name, torchvision:NAME, timm:NAME, hf:NAME, path/to/file.py:factory, or a saved result",
     ),
 ]
 WeightsOption = Annotated[str | None, typer.Option(help="safetensors file or weights-only checkpoint")]
@@ -44,6 +45,10 @@ SeedOption = Annotated[int | None, typer.Option(help="seed of the run")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress")]
+RuntimesOption = Annotated[
+    str, typer.Option("--runtimes", help="where latency is measured: of eager, compile, onnxruntime")
+]
+RUNTIMES = "eager,onnxruntime"
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="go on with a run that was interrupted in the same folder")
@@ -138,12 +143,23 @@ def compress_command(
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     resume: ResumeOption = False,
+    runtimes: RuntimesOption = RUNTIMES,
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compress a trained network with one method or a chain."""
     methods = [parse_method_text(text) for text in method]
-    execute(_recipe(model, task, weights, methods, budget, training), out, resume, seed, device, threads, quiet, json)
+    execute(
+        _recipe(model, task, weights, methods, budget, training),
+        out,
+        resume,
+        seed,
+        device,
+        threads,
+        quiet,
+        json,
+        runtimes,
+    )
 
 
 @app.command("run")
@@ -154,45 +170,69 @@ def run_command(
     seed: SeedOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
+    runtimes: RuntimesOption = RUNTIMES,
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
     """Run a recipe."""
-    execute(Recipe.load(recipe), out, resume, seed, device, threads, quiet, json)
+    execute(Recipe.load(recipe), out, resume, seed, device, threads, quiet, json, runtimes)
 
 
 @app.command("measure")
 def measure_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL [OTHER]...")],
     task: TaskOption,
     weights: WeightsOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    runtime: Annotated[str | None, typer.Option(help="of eager, compile, onnxruntime; e.g. eager,onnxruntime")] = None,
+    threads: Annotated[str | None, typer.Option(help="CPU threads, e.g. 1,2")] = None,
+    batch: Annotated[str | None, typer.Option(help="batch sizes, e.g. 1,32")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="also the time of every layer")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure a network: metric, parameters, MACs, bytes, latency, memory."""
+    """Measure networks: metric, parameters, MACs, bytes, latency, memory; latencies side by side, also by layer.
+
+    Several networks are compared with the first, interleaved in one run. With --runtime or --batch a saved result is
+    compared with the network it was made from.
+    """
+    counts, sizes = numbers(threads, "threads"), numbers(batch, "batch")
     torch.manual_seed(seed or 0)
-    the_task = make_task({"name": task})
-    description: dict[str, Any] = {"name": model, **({"weights": weights} if weights else {})}
-    network = make_model(description, the_task)
-    check_fits(network, the_task)
-    profile = ed.measure(network.to(make_accelerator(device).device), the_task, threads=threads)
+    measured = side_by_side(
+        models,
+        make_task({"name": task}),
+        weights=weights,
+        device=device,
+        runtimes=listed(runtime),
+        threads=counts,
+        batches=sizes,
+        layers=layers,
+    )
     if json:
-        print_json(profile.model_dump())
+        print_json(measured.data())
         return
-    table = Table("", "value")
-    metric = profile.metric
-    table.add_row(f"{metric.name} ({metric.split}, n = {metric.n:,})", f"{metric.value:.2f}")
-    for name in ("params", "nonzero_params", "macs", "bytes", "peak_memory"):
-        value = getattr(profile, name)
-        table.add_row(name.replace("_", " "), "-" if value is None else f"{value:,}")
-    if profile.latency_ms:
-        x = profile.latency_ms
-        table.add_row(
-            f"latency (ms, {x.runtime}, batch {x.batch})", f"{x.median:.3f} (p10 {x.p10:.3f}, p90 {x.p90:.3f})"
-        )
-    console.print(table)
+    for table in measured.tables():
+        console.print(table)
+
+
+@app.command("export")
+def export_command(
+    result: Annotated[Path, typer.Argument(metavar="DIR")],
+    format: Annotated[str, typer.Option("--format", help="onnx, pt2, torchao, openvino or executorch")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="file to write, by default one in DIR")] = None,
+    batch: Annotated[int | None, typer.Option(help="fix the batch to this size")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="data to compare on; by default the result's")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="the network before, where it was one of yours")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a saved result as a file for another runtime, open it again and compare."""
+    the_task = None if task is None else make_task({"name": task})
+    network = None if model is None else make_model({"name": model}, the_task)
+    exported = export_saved(result, format, file=out, batch=batch, task=the_task, model=network)
+    if json:
+        print_json({"path": str(exported.path), **exported.model_dump()})
+        return
+    console.print(f"written to {exported.path}: {exported}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("reproduce")
@@ -252,9 +292,19 @@ def execute(
     threads: int | None,
     quiet: bool,
     json: bool,
+    runtimes: str = "eager",
 ) -> None:
     """Run a recipe and print its table or its report."""
-    result = run(recipe, out, resume=resume, seed=seed, device=device, threads=threads, quiet=quiet or json)
+    result = run(
+        recipe,
+        out,
+        resume=resume,
+        seed=seed,
+        device=device,
+        threads=threads,
+        quiet=quiet or json,
+        runtimes=listed(runtimes),
+    )
     if not PartialState().is_main_process:
         return
     if json:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -17,10 +16,19 @@ from torch import Tensor, nn
 
 from efficientdnns.budget import Asked
 from efficientdnns.coding import load_weights, save_weights
+from efficientdnns.data.nested import first
+from efficientdnns.deployment.accuracy import metric_of_file
+from efficientdnns.deployment.export import DEFAULT, FORMATS, SIZES, Exported, discard, export_all
+from efficientdnns.deployment.inputs import describe
 from efficientdnns.errors import FileFormatError, ModelError
+from efficientdnns.measurement.compare import Comparison
 from efficientdnns.measurement.latency import Speedup
 from efficientdnns.measurement.profile import Profile
+from efficientdnns.storage import build_hollow, fill, hollow, trim
 from efficientdnns.surgery.structure import apply_difference, difference
+
+if TYPE_CHECKING:
+    from efficientdnns.task import Task
 
 SCHEMA_VERSION = 1
 
@@ -51,7 +59,12 @@ class Report(BaseModel):
     environment: dict[str, Any]
     history: list[dict[str, Any]]
     speedup: dict[str, Any] | None = None
+    latencies: list[Comparison] = []
+    """Latency before and after in every runtime that was asked for, beside the ratio of MACs."""
     reload_exact: bool | None = None
+    inputs: Any = None
+    """What the network's inputs look like (`efficientdnns.deployment.inputs.describe`)."""
+    exports: list[Exported] = []
 
 
 class Result:
@@ -73,11 +86,13 @@ class Result:
         original: nn.Module | None = None,
         budget: list[Asked] | None = None,
         speedup: Speedup | None = None,
+        task: Task | None = None,
     ) -> None:
         self.original = original
         self.model, self.report, self.codecs = model, report, codecs or {}
         self.example_input, self.forward = example_input, forward
         self.budget, self.speedup = budget or [], speedup
+        self.task = task
 
     @property
     def before(self) -> Profile:
@@ -93,6 +108,11 @@ class Result:
     def history(self) -> list[dict[str, Any]]:
         """One entry per training epoch."""
         return self.report.history
+
+    @property
+    def exports(self) -> list[Exported]:
+        """The files for other runtimes that `save` wrote, and why those that are missing are."""
+        return self.report.exports
 
     def table(self) -> Table:
         """Before, after and ratio of everything measured."""
@@ -122,6 +142,18 @@ class Result:
             a, b = before.latency_ms, after.latency_ms
             verdict = str(self.speedup) if self.speedup else "-"
             table.add_row(f"latency (ms, {a.runtime}, batch {a.batch})", f"{a.median:.3f}", f"{b.median:.3f}", verdict)
+        for entry in self.report.latencies[1:]:
+            where = f"latency (ms, {entry.runtime}, batch {entry.batch})"
+            medians = [f"{latency.median:.3f}" for latency in entry.latencies] or ["-", "-"]
+            table.add_row(where, *medians, entry.problem or str(entry.speedups[0]))
+        for exported in self.exports:
+            if exported.bytes is not None:
+                agrees = f"outputs within {exported.max_difference:.0e}"
+                table.add_row(f"bytes of {exported.file}", "", f"{exported.bytes:,}", agrees)
+            if (found := exported.metric) is not None:
+                name = f"{found['name']} of {exported.file} (n = {found['n']:,})"
+                gap = f"{exported.gap:+.2f}"
+                table.add_row(name, f"in PyTorch {found['network']:.2f}", f"{found['value']:.2f}", gap)
         for line in self.budget:
             verdict = "met" if line.met else "NOT MET"
             table.add_row(f"budget: {line.name}", f"asked {line.asked:,.4g}", f"got {line.got:,.4g}", verdict)
@@ -129,8 +161,11 @@ class Result:
 
     def notes(self) -> list[str]:
         """What a person should know beside the table: what was kept whole, and why."""
+        missing = [
+            f"no {FORMATS[exported.format].file}: {exported.error}" for exported in self.exports if exported.error
+        ]
         kept = [(m.id, reason) for m in self.report.methods for reason in m.findings.get("kept_whole", [])]
-        return [f"kept whole by {method}: {reason}" for method, reason in kept]
+        return [f"kept whole by {method}: {reason}" for method, reason in kept] + missing
 
     def __str__(self) -> str:
         console = Console(width=110, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
@@ -140,11 +175,16 @@ class Result:
     def __rich__(self) -> Table:
         return self.table()
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, exports: Sequence[str] = DEFAULT) -> Path:
         """Write ``model.safetensors``, ``structure.json`` and ``report.json``, each atomically; then load them again.
+
+        ``model.pt2`` and ``model.onnx`` come with them, for runtimes that do not have this library: opened again,
+        compared on the task's inputs, the metric evaluated on the ONNX file too. One that cannot be made does not fail
+        the rest: the report says why. ``exports`` names the formats (of `efficientdnns.deployment.FORMATS`).
 
         Raises:
             ModelError: a module that cannot be described; or the reloaded network does not give exactly the same outputs.
+            ConfigurationError: an unknown format.
         """
         directory = Path(directory)
         structure = describe_structure(self.model, self.original)
@@ -153,15 +193,49 @@ class Result:
         _write(directory / "structure.json", json.dumps(structure, indent=1))
         if size != self.after.bytes:
             self.report.after = self.after.model_copy(update={"bytes": size})
-        self.report.reload_exact = self._reloads_exactly(
-            load(directory, None if structure["factory"] else self.original)
-        )
+        # Every tensor of the file was decoded and compared when it was written; equal ones need not be held twice.
+        again, factory = _skeleton(directory, None if structure["factory"] else self.original)
+        trim()
+        _filled(again, state_of(self.model), directory, factory)
+        trim()
+        self.report.reload_exact = self._reloads_exactly(again)
         if not self.report.reload_exact:
             raise ModelError(
                 f"the network saved in {directory} does not give the same outputs again; nothing was reported"
             )
+        self.report.inputs = None if self.example_input is None else describe(self.example_input)
+        self.report.exports = self._export(directory, exports)
         _write(directory / "report.json", self.report.model_dump_json(indent=1))
         return directory
+
+    def samples(self, count: int) -> Any:
+        """The first ``count`` inputs of the evaluation split (fewer where its batches are smaller); None without a task."""
+        split = None if self.task is None else self.task.evaluation or self.task.calibration
+        return None if split is None else first(next(iter(split.batches(count))).inputs, count)
+
+    def _export(self, directory: Path, formats: Sequence[str]) -> list[Exported]:
+        for format in set(FORMATS) - set(formats):
+            discard(directory, format)  # of an earlier result
+        if self.example_input is None:
+            reason = "the task has no example input; give example_input= when making it"
+            return [Exported(format=format, error=reason) for format in formats]
+        calibration = [] if self.task is None or self.task.calibration is None else self.task.calibration.batches(32)
+        found = export_all(
+            self.model,
+            self.example_input,
+            directory,
+            formats,
+            forward=self.forward,
+            samples=self.samples(sum(SIZES)),
+            calibration=(batch.inputs for batch in calibration),
+        )
+        exports = []
+        for exported, network in found:
+            if network is not None and exported.format == "onnx" and self.task is not None and self.task.has_labels:
+                metric = metric_of_file(self.task, network, self.model, self.after.metric, self.after.macs)
+                exported = exported.model_copy(update={"metric": metric})
+            exports.append(exported)
+        return exports
 
     @torch.inference_mode()
     def _reloads_exactly(self, again: nn.Module) -> bool:
@@ -181,9 +255,16 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         FileFormatError: the folder holds no result. ModelError: the architecture is unknown or does not fit.
     """
+    directory = Path(directory)
+    network, factory = _skeleton(directory, model)
+    network = _filled(network, load_weights(directory / "model.safetensors"), directory, factory)
+    return network if model is None else network.to(next((t.device for t in model.parameters()), torch.device("cpu")))
+
+
+def _skeleton(directory: Path, model: nn.Module | None) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The network of a saved result, its tensors without values where that is possible, and its factory."""
     from efficientdnns.models import rebuild
 
-    directory = Path(directory)
     path = directory / "structure.json"
     if not path.is_file():
         raise FileFormatError(
@@ -198,26 +279,29 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise FileFormatError(
             f"{path} has schema version {version}, this library reads up to {SCHEMA_VERSION}; update it"
         )
-    if "" in modules:
-        reference: nn.Module = nn.Identity()
-    elif model is not None:
-        reference = copy.deepcopy(model)
-    elif factory is not None:
-        reference = rebuild(factory)
-    else:
+    if "" not in modules and model is None and factory is None:
         raise ModelError(
             f"{directory} was made from a model built by the caller; write load('{directory}', model=YourModel(...))"
         )
-    network = apply_difference(reference, structure)
-    state = load_weights(directory / "model.safetensors")
-    missing, unexpected = network.load_state_dict(state, strict=False)
+
+    def reference() -> nn.Module:
+        if "" in modules:
+            return nn.Identity()
+        return hollow(model) if model is not None else rebuild(factory)
+
+    return build_hollow(lambda: apply_difference(reference(), structure)), factory
+
+
+def _filled(network: nn.Module, state: dict[str, Tensor], directory: Path, factory: dict[str, Any] | None) -> nn.Module:
+    """``network`` with the tensors of ``state``, not copies of them."""
+    missing, unexpected = fill(network, state)
     if missing or unexpected:
         raise ModelError(
             f"{directory} does not fit this architecture: missing {missing[:3] or 'nothing'}, "
             f"unexpected {unexpected[:3] or 'nothing'}; give the model it was made from"
         )
     if factory is not None:
-        network.factory = factory
+        network.factory = factory  # type: ignore[assignment]
     return network.eval()
 
 
@@ -234,7 +318,7 @@ def describe_structure(model: nn.Module, original: nn.Module | None = None) -> d
     from efficientdnns.models import rebuild
 
     factory: dict[str, Any] | None = getattr(model, "factory", None)
-    reference = rebuild(factory) if factory is not None else original
+    reference = build_hollow(lambda: rebuild(factory)) if factory is not None else original
     delta = difference(model, reference if reference is not None else nn.Identity())
     return {"schema_version": SCHEMA_VERSION, "factory": factory, **delta}
 

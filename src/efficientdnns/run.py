@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from efficientdnns.compress import compress
 from efficientdnns.errors import ConfigurationError
-from efficientdnns.models import build, load_weights_into
+from efficientdnns.models import build
 from efficientdnns.recipe import Recipe
 from efficientdnns.result import Result
 from efficientdnns.task import Task
@@ -31,10 +32,7 @@ def make_model(description: dict[str, Any], task: Task | None = None) -> nn.Modu
     options = {key: value for key, value in description.items() if key not in ("name", "weights")}
     if task is not None and task.num_classes is not None:
         options.setdefault("num_classes", task.num_classes)
-    model = build(description["name"], **options)
-    if description.get("weights"):
-        load_weights_into(model, description["weights"])
-    return model
+    return build(description["name"], weights=description.get("weights"), **options)
 
 
 def run(
@@ -47,8 +45,12 @@ def run(
     threads: int | None = None,
     quiet: bool = False,
     latency: bool = True,
+    runtimes: Sequence[str] = ("pytorch-eager",),
 ) -> Result:
-    """Run ``recipe`` and save its result in ``out``. A killed run goes on with ``resume`` and ends with the same result."""
+    """Run ``recipe`` and save its result in ``out``. A killed run goes on with ``resume`` and ends with the same result.
+
+    ``latency`` and ``runtimes`` are those of `compress`.
+    """
     out = Path(out)
     seed = recipe.seed if seed is None else seed
     checkpoints = out / ".checkpoints"
@@ -83,6 +85,7 @@ def run(
         checkpoints=checkpoints,
         identity=identity,
         latency=latency,
+        runtimes=runtimes,
     )
     state = PartialState()  # under `accelerate launch` every process has the result, one writes it
     if state.is_main_process:

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from efficientdnns.budget import Budget
+from efficientdnns.data import nested
 from efficientdnns.errors import DataError
+from efficientdnns.measurement.latency import Runner, measure_latency
+from efficientdnns.measurement.runtimes import runner
 from efficientdnns.progress import Progress
+from efficientdnns.storage import unshare
 from efficientdnns.task import Task
 from efficientdnns.training import Callback, Trainer, TrainingSettings
 from efficientdnns.training.sparsity import KeepZeros
@@ -52,6 +56,10 @@ class Session:
     """Parameters whose zeros later training must keep."""
     runs: int = 0
     """Training runs so far; numbers the checkpoints."""
+    solvers: dict[str, Any] = field(default_factory=dict)
+    """For each limit of the budget the method that has to meet it: the last one of the chain that can."""
+    original_latency: float | None = None
+    """Milliseconds of the original in the budget's runtime, once it was timed."""
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +82,7 @@ class Session:
         resumed: its last checkpoint is loaded and ``finish`` of its callbacks runs again.
         """
         self.runs += 1
+        self.unshare(model)
         # Zeros of earlier pruning survive; methods that only change the loss need not know.
         keep = [KeepZeros(self.sparse)] if self.sparse and model is None else []
         trainer = Trainer(
@@ -95,6 +104,15 @@ class Session:
         self.history.extend(history)
         return history
 
+    def unshare(self, model: nn.Module | None = None) -> None:
+        """Give ``model`` (default: the session's) tensors of its own where it still shares memory with the original.
+
+        Called before training and before methods that write in place (`Method.in_place`).
+        """
+        model = self.model if model is None else model
+        if model is not self.original:
+            unshare(model, self.original)
+
     def branch(self) -> Session:
         """A copy that can be changed, trained, scored and thrown away without a trace in this session."""
         return Session(
@@ -113,15 +131,28 @@ class Session:
         """The task's metric on the calibration split: for choices, never for claims."""
         return self.task.evaluate(model or self.model, "calibration", device=self.device, limit=limit).value
 
+    def latency(self, model: nn.Module) -> float:
+        """Median milliseconds of one call of ``model`` in the runtime of the budget.
+
+        It is timed in turn with the original, and what counts is how they compare: the figure is the original's first
+        median times the ratio of the tenth percentiles, which (unlike the ratio of the medians) stays within a few per
+        cent on a machine that is busy with other things. So the figures of several calls can be compared.
+        """
+        runners = [runner_for(self.budget.runtime, network, self.task) for network in (self.original, model)]
+        before, after = measure_latency(runners, self.task.example_input, repeats=500, seconds=1.0)
+        if self.original_latency is None:
+            self.original_latency = before.median
+        return self.original_latency * after.p10 / before.p10
+
     def calibration(self, samples: int, batch_size: int = 128) -> Iterator[Any]:
         """Inputs of the first ``samples`` calibration samples, in batches on the session's device."""
         if self.task.calibration is None:
             raise DataError(f"task '{self.task.name}' has no calibration split; give one or more training data")
         seen = 0
         for batch in self.task.calibration.batches(min(batch_size, samples)):
-            inputs = batch.inputs[: samples - seen] if isinstance(batch.inputs, Tensor) else batch.inputs
-            seen += len(inputs)
-            yield inputs.to(self.device) if isinstance(inputs, Tensor) else inputs
+            inputs = nested.first(batch.inputs, samples - seen)
+            seen += nested.length(inputs)
+            yield nested.to_device(inputs, self.device)
             if seen >= samples:
                 return
 
@@ -140,8 +171,7 @@ class Session:
     @property
     def example_input(self) -> Any:
         """A batch of one on the session's device."""
-        example = self.task.example_input
-        return example.to(self.device) if isinstance(example, Tensor) else example
+        return nested.to_device(self.task.example_input, self.device)
 
     def report(self, **finding: Any) -> None:
         """Record what the method at work found (JSON-able); it stands in the report under the method's name."""
@@ -150,3 +180,10 @@ class Session:
     def say(self, text: str) -> None:
         """One line of progress."""
         self.progress.say(f"{self.label}: {text}")
+
+
+def runner_for(runtime: str, model: nn.Module, task: Task) -> Runner:
+    """``model`` in a runtime, on the CPU, as `efficientdnns.measurement.latency.measure_latency` takes it."""
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = copy.deepcopy(model).cpu()
+    return runner(runtime, model, task.example_input, task.outputs)

@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from efficientdnns.coding import (
     save_weights,
     weights_size,
 )
-from efficientdnns.coding.file import BLOB, _blob
+from efficientdnns.coding.file import _head
+from efficientdnns.coding.reader import BLOB
 from efficientdnns.errors import ConfigurationError, FileFormatError
 
 
@@ -211,7 +213,7 @@ def test_every_truncation_and_bit_flip_is_noticed(path):
 
 
 def write_index(path, index, data=b""):
-    blob = torch.frombuffer(bytearray(_blob(index, [data])), dtype=torch.uint8)
+    blob = torch.frombuffer(bytearray(_head(index, io.BytesIO(data)) + data), dtype=torch.uint8)
     safetensors.torch.save_file({BLOB: blob}, path)
 
 

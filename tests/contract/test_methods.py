@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import efficientdnns as ed
+from efficientdnns.deployment import check_result
 from efficientdnns.method import card, fields
 from efficientdnns.result import state_of
 from efficientdnns.training import Trainer
@@ -46,6 +47,9 @@ def test_runs_is_deterministic_and_reloads_to_equal_outputs(method, trained, dig
     result = compress(trained, digits, [small(method)])
     for name, value in trained.state_dict().items():
         assert torch.equal(value, before[name]), f"the user's model was changed: {name}"
+    # Memory is shared while methods work (`Method.in_place`), but not in what is handed over.
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*trained.parameters(), *trained.buffers())}
+    assert not given & {t.untyped_storage().data_ptr() for t in (*result.model.parameters(), *result.model.buffers())}
     assert result.after.metric.n == 200
     assert result.after.metric.split == digits.evaluation.name
     assert result.before.bytes > 0
@@ -59,6 +63,7 @@ def test_runs_is_deterministic_and_reloads_to_equal_outputs(method, trained, dig
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == result.after.bytes
     loaded = ed.load(tmp_path / "out")
     images = next(iter(digits.evaluation.batches(32))).inputs
+    check_result(tmp_path / "out", inputs=images[:7])
     with torch.inference_mode():
         assert torch.equal(result.model.eval()(images), loaded(images))
 

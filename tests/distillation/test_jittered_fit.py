@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import efficientdnns as ed
 from efficientdnns.distillation.jittered_fit import JitteredFit, jitter, limit_norms
 
 
@@ -34,3 +35,15 @@ def test_training_keeps_the_limit(session):
     work = session()
     JitteredFit(epochs=1, max_norm=0.5, batch_size=64).apply(work)
     assert max(layer.weight.norm(dim=1).max() for layer in work.model.layers[1::2]) < 0.5 + 1e-5
+
+
+def test_a_leading_one_makes_the_teacher(digits):
+    """A student that hears nothing but its teacher learns the digits only if the teacher was trained."""
+    torch.manual_seed(0)
+    model = ed.models.build("mlp", hidden=[32])
+    common = {"epochs": 6, "learning_rate": 0.05, "batch_size": 32}
+    student = {"name": "mlp", "hidden": [32]}
+    distil = ed.KnowledgeDistillation(student=student, soft_weight=1.0, hard_weight=0.0, **common)
+    result = ed.compress(model, digits, [JitteredFit(pixels=1, **common), distil], quiet=True, latency=False)
+    assert result.before.metric.value > 60
+    assert result.after.metric.value > 60

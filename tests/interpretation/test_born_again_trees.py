@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
 from efficientdnns.compress import compress
@@ -197,6 +198,30 @@ def test_more_samples_than_the_data_make_a_more_faithful_tree(digits, network):
         nodes = fit_batch(data, oracle, samples=samples, max_leaves=200, random=seeded())
         scores.append(fidelity(DecisionTree.from_nodes(nodes, 64, True), oracle, test))
     assert scores[1] > scores[0] + 0.01
+
+
+def test_the_control_is_a_plain_tree_on_the_true_labels(digits, network):
+    method = BornAgainTrees(variant="cart", max_leaves=30, prune=False)
+    tree = compress(network, digits, method, quiet=True, latency=False).model
+    batches = list(digits.train.batches(512))
+    inputs, labels = torch.cat([b.inputs.flatten(1) for b in batches]), torch.cat([b.targets for b in batches])
+    peer = DecisionTreeClassifier(max_leaf_nodes=30, random_state=0).fit(inputs.numpy(), labels.numpy())
+    test = digits.evaluation.take(range(200)).inputs.flatten(1)
+    assert tree(test).argmax(1).tolist() == peer.predict(test.numpy()).tolist()
+    whole, pruned = (
+        compress(network, digits, BornAgainTrees(variant="cart", prune=prune), quiet=True, latency=False).model
+        for prune in (False, True)
+    )
+    assert pruned.leaves < whole.leaves
+    inputs, labels = torch.randn(40, 3), torch.arange(40) % 2
+    uncalibrated = Task((inputs, labels), num_classes=2, calibration_share=0.0)
+    session = Session(model=network, task=uncalibrated, original=network)
+    with pytest.raises(DataError, match="calibration split"):
+        BornAgainTrees(variant="cart").check(session)
+    unlabelled = Task(inputs, kind="classification", num_classes=2)
+    session = Session(model=network, task=unlabelled, original=network)
+    with pytest.raises(DataError, match="needs labels"):
+        BornAgainTrees(variant="cart").check(session)
 
 
 def test_what_cannot_work_is_refused_before_work(digits, network):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import efficientdnns as ed
+from efficientdnns.parts.integer_layers import IntegerLayer, QuantizedConv2d, QuantizedLinear
 from efficientdnns.quantization.int8_quantization import QuantizationAwareTraining
-from efficientdnns.quantization.integer_layers import IntegerLayer, QuantizedConv2d, QuantizedLinear
 from efficientdnns.session import Session
 
 

@@ -15,7 +15,16 @@ from .codecs import (
     SparseCodec,
     best,
 )
-from .file import CodecChoice, TensorInfo, describe_weights, load_weights, merge_zeros, save_weights, weights_size
+from .file import (
+    CodecChoice,
+    TensorInfo,
+    describe_weights,
+    load_weights,
+    map_weights,
+    merge_zeros,
+    save_weights,
+    weights_size,
+)
 from .huffman import canonical_codes, huffman_decode, huffman_encode, huffman_lengths
 from .integers import decode_integers, encode_integers
 from .kmeans import Clustering, Initialization, initial_centroids, kmeans_1d
@@ -48,6 +57,7 @@ __all__ = [
     "initial_centroids",
     "kmeans_1d",
     "load_weights",
+    "map_weights",
     "merge_zeros",
     "pack_bits",
     "pack_bools",

@@ -32,7 +32,7 @@ from .entropy import (
     put_signed,
 )
 from .huffman import huffman_decode, huffman_encode
-from .integers import decode_integers, encode_integers, zstd_compress, zstd_decompress
+from .integers import QUICK, decode_integers, encode_integers, zstd_compress, zstd_decompress
 from .patterns import (
     Shape,
     checked_size,
@@ -132,7 +132,9 @@ class CodebookCodec:
         bits = element_bits(tensor)
         sample = bits[:: max(1, bits.size // _SAMPLE)]
         nonzeros = sample[sample != 0]
-        return np.unique(nonzeros).size <= min(MAX_DISTINCT, max(256, nonzeros.size // 2))
+        if np.unique(nonzeros).size > min(MAX_DISTINCT, max(256, nonzeros.size // 2)):
+            return False
+        return np.unique(bits[bits != 0]).size <= MAX_DISTINCT
 
     def encode(self, tensor: Tensor) -> tuple[bytes, Parameters]:
         bits = element_bits(tensor)
@@ -202,7 +204,7 @@ class IntegersCodec:
             return writer.to_bytes(), {}
         values = tensor.detach().cpu().contiguous().numpy()
         coded = encode_integers(values)
-        if values.ndim > 1 and values.size and int(values.max()) - int(values.min()) < MAX_DISTINCT:
+        if values.ndim > 1 and 0 < values.size <= QUICK and int(values.max()) - int(values.min()) < MAX_DISTINCT:
             low, span = int(values.min()), int(values.max()) - int(values.min())
             put_signed(writer, low)
             put_number(writer, span)
@@ -319,7 +321,7 @@ def _default_candidates(tensor: Tensor) -> list[str]:
     if codable(tensor) and np.count_nonzero(element_bits(tensor)) <= _FEW:
         return ["integers", "codebook", "sparse"]
     if not tensor.is_floating_point() and not tensor.is_complex():
-        return ["integers", "codebook"] if few_values else ["integers"]
+        return ["integers", "codebook"] if few_values and tensor.numel() <= QUICK else ["integers"]
     return ["codebook"] if few_values else ["sparse"]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficientdnns.data.split import Batch, generator
-from efficientdnns.method import TrainingMethod
+from efficientdnns.fit import Fit
 from efficientdnns.session import Session
 from efficientdnns.training import Callback, Trainer
 
@@ -32,8 +32,11 @@ def limit_norms(model: nn.Module, limit: float) -> None:
             module.weight.mul_(limit / module.weight.norm(dim=1, keepdim=True).clamp(min=limit))
 
 
-class JitteredFit(TrainingMethod):
-    """Ordinary training on images that are moved at random, with max-norm constraints: a well regularised teacher."""
+class JitteredFit(Fit):
+    """Ordinary training on images that are moved at random, with max-norm constraints: a well regularised teacher.
+
+    Like `Fit` it makes the dense network when it comes first: the original, and so the teacher, is what it has trained.
+    """
 
     name: ClassVar[str] = "jittered-fit"
     kind: ClassVar[str] = "training"

@@ -14,10 +14,12 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from efficientdnns.data.split import Split
 from efficientdnns.errors import ConfigurationError, DataError
 from efficientdnns.method import Method, Need, Paper
 from efficientdnns.parts.decision_tree import DecisionTree, Node, between, prune, round_down
 from efficientdnns.session import Session
+from efficientdnns.task import Task
 
 Oracle = Callable[[Tensor], Tensor]
 """Rows (n, features) to what the predictor says (n, outputs): one-hot classes, class probabilities or numbers."""
@@ -167,11 +169,23 @@ def fit_batch(
     seed: int = 0,
     random: torch.Generator | None = None,
 ) -> list[Node]:
-    """The batch variant: scikit-learn's CART on ``samples`` smeared rows and the data, all labelled by the oracle."""
+    """The batch variant: CART on ``samples`` smeared rows and the data, all labelled by the oracle."""
+    rows = torch.cat([data, smear(data, samples, p_alt, random)])
+    return fit_cart(rows, oracle(rows), max_leaves=max_leaves, criterion=criterion, labels=labels, seed=seed)
+
+
+def fit_cart(
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    max_leaves: int | None = None,
+    criterion: str = "gini",
+    labels: bool = True,
+    seed: int = 0,
+) -> list[Node]:
+    """scikit-learn's CART on ``rows`` (n, features) and ``targets`` (n, outputs), one-hot where ``labels``."""
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
-    rows = torch.cat([data, smear(data, samples, p_alt, random)])
-    targets = oracle(rows)
     if labels:
         estimator = DecisionTreeClassifier(criterion=criterion, max_leaf_nodes=max_leaves, random_state=seed)
         tree = estimator.fit(rows.numpy(), targets.argmax(1).numpy()).tree_
@@ -225,6 +239,17 @@ def fidelity(tree: Callable[[Tensor], Tensor], oracle: Oracle, rows: Tensor, *, 
     return 1 - float(rest)
 
 
+def true_labels(task: Task, split: Split) -> tuple[Tensor, Tensor]:
+    """Rows (n, features) and labels (n, outputs) of a split; classes are one-hot."""
+    batches = list(split.batches(1024))
+    targets = torch.cat([torch.as_tensor(batch.targets) for batch in batches]).cpu()
+    if task.kind == "classification":
+        assert task.num_classes is not None
+        targets = nn.functional.one_hot(targets.long(), task.num_classes)
+    rows = torch.cat([batch.inputs.flatten(1).float().cpu() for batch in batches])
+    return rows, targets.reshape(len(rows), -1).float()
+
+
 class BornAgainTrees(Method):
     r"""Born again trees, `Breiman and Shang, 1996 <https://www.stat.berkeley.edu/~breiman/BAtrees.pdf>`_.
 
@@ -246,7 +271,8 @@ class BornAgainTrees(Method):
         The report was not available; this follows secondary descriptions. Inputs of a node are drawn from their exact
         distribution instead of by rejection, and p_t is computed. Splits are chosen by Gini impurity, entropy or
         variance, as in CART, and the leaf of the largest gain is split first. ``variant="batch"`` grows scikit-learn's
-        tree on one smeared sample; it knows no stop rule.
+        tree on one smeared sample; it knows no stop rule. ``variant="cart"`` is the control: the same tree on the
+        training inputs and their own labels, pruned on the calibration inputs and theirs.
     """
 
     paper: ClassVar[Paper | None] = Paper(
@@ -261,8 +287,8 @@ class BornAgainTrees(Method):
     needs: ClassVar[frozenset[Need]] = frozenset({"training data"})
     contract_fields: ClassVar[dict[str, Any]] = {"max_leaves": 16, "samples_per_node": 100, "samples": 500}
 
-    variant: Literal["node", "batch"] = "node"
-    """New samples at every node, or one sample for the whole tree."""
+    variant: Literal["node", "batch", "cart"] = "node"
+    """New samples at every node, one sample for the whole tree, or the true labels of the training inputs alone."""
     p_alt: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Probability that a coordinate is altered; 0.1 to 0.5 is usual."""
     samples_per_node: PositiveInt = 1000
@@ -289,6 +315,11 @@ class BornAgainTrees(Method):
             raise DataError(f"{self.name} needs one tensor of numbers as input; task '{task.name}' has something else")
         if self.variant == "node" and not self.require_training_instance and self.max_leaves is None:
             raise ConfigurationError(f"{self.name} without the stop rule may grow for ever; give max_leaves")
+        if self.variant == "cart":
+            if not task.has_labels:
+                raise DataError(f"{self.name}: variant 'cart' needs labels, and '{task.name}' has none; write 'batch'")
+            if self.prune and task.calibration is None:
+                raise DataError(f"{self.name}: variant 'cart' needs a calibration split to prune; write prune: false")
 
     def apply(self, session: Session) -> None:
         task, network, train = session.task, session.model.eval(), session.task.train
@@ -303,11 +334,20 @@ class BornAgainTrees(Method):
 
         oracle = as_oracle(ask, labels=labels)
         random = torch.Generator().manual_seed(session.seed)
-        nodes = self._grow(session, data, oracle, labels, random)
+        if self.variant == "cart":
+            rows, targets = true_labels(task, train)
+            options: dict[str, Any] = {"labels": labels, "criterion": self.criterion, "seed": session.seed}
+            nodes = fit_cart(rows, targets, max_leaves=self.max_leaves, **options)
+        else:
+            nodes = self._grow(session, data, oracle, labels, random)
         grown = (len(nodes) + 1) // 2
         if self.prune:
-            fresh = smear(data, self.samples, self.p_alt, random)
-            nodes = prune(nodes, fresh, oracle(fresh), labels)
+            if self.variant == "cart" and task.calibration is not None:
+                fresh, answers = true_labels(task, task.calibration)
+            else:
+                fresh = smear(data, self.samples, self.p_alt, random)
+                answers = oracle(fresh)
+            nodes = prune(nodes, fresh, answers, labels)
         tree = DecisionTree.from_nodes(nodes, data.shape[1], labels).eval()
         finding: dict[str, Any] = {"leaves": tree.leaves, "depth": tree.depth, "leaves_before_pruning": grown}
         if task.calibration is not None:

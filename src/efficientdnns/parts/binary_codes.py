@@ -169,6 +169,10 @@ def pack_binary(codes: Tensor) -> Tensor:
 
 def unpack_binary(packed: Tensor, n: int) -> Tensor:
     """Undo `pack_binary`: int8 signs (..., n) in {-1, +1}."""
+    if torch.compiler.is_exporting():  # the graph of a file: in operations that every runtime has
+        number, low = packed.float().unsqueeze(-1), 2.0 ** -torch.arange(8)
+        bits = (number * low).floor() - 2 * (number * low / 2).floor()
+        return (2 * bits - 1).flatten(-2)[..., :n].to(torch.int8)
     data = packed.cpu().contiguous().numpy()
     bits = unpack_bools(data.tobytes(), data.size * 8).reshape(*data.shape[:-1], -1)[..., :n]
     return torch.from_numpy(bits.astype(np.int8) * 2 - 1).to(packed.device)

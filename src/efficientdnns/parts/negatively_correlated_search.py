@@ -1,4 +1,7 @@
-"""Negatively correlated search: an evolutionary minimiser whose individuals keep out of each other's regions."""
+"""Negatively correlated search: an evolutionary minimiser whose individuals keep out of each other's regions.
+
+Random search is its control.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +101,43 @@ class NegativelyCorrelatedSearch:
         distance = torch.cdist(points, self.points).square() / (8 * mean)
         spread = points.shape[1] / 2 * (mean / (variances[:, None] * variances[None]).sqrt()).log()
         return (distance + spread).fill_diagonal_(torch.inf).amin(1)
+
+
+class RandomSearch:
+    """Uniform random search of a box, for asking and telling like `NegativelyCorrelatedSearch`.
+
+    Args:
+        start: (n,) the best so far.
+        fitness: fitness of ``start``.
+        bounds: lower and upper bound of every coordinate.
+        population: candidates per generation.
+        generator: source of randomness; None takes the global one.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        fitness: float,
+        *,
+        bounds: tuple[float, float],
+        population: int = 10,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.bounds, self.shape, self.generator = bounds, (population, len(start)), generator
+        self.best, self.best_fitness = start.double().clone(), float(fitness)
+
+    def ask(self) -> Tensor:
+        """(population, n) candidates to evaluate."""
+        low, high = self.bounds
+        self.children = low + (high - low) * torch.rand(self.shape, generator=self.generator, dtype=torch.float64)
+        return self.children
+
+    def tell(self, fitness: Tensor | list[float]) -> None:
+        """Take the fitness of the candidates that `ask` gave."""
+        new = torch.as_tensor(fitness, dtype=torch.float64)
+        lowest = int(new.argmin())
+        if float(new[lowest]) < self.best_fitness:
+            self.best, self.best_fitness = self.children[lowest].clone(), float(new[lowest])
 
 
 def _share(child: Tensor, parent: Tensor) -> Tensor:

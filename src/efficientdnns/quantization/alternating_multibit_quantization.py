@@ -16,6 +16,7 @@ from efficientdnns.method import Paper, TrainingMethod
 from efficientdnns.parts.binary_codes import CodeMethod
 from efficientdnns.quantization.multibit_layers import LatentMultiBit, coded_layer
 from efficientdnns.session import Session
+from efficientdnns.storage import trim
 from efficientdnns.surgery import replace_module
 from efficientdnns.training import Callback, Trainer
 
@@ -54,6 +55,7 @@ class AlternatingMultibitQuantization(TrainingMethod):
         url="https://arxiv.org/abs/1802.00150",
     )
     kind: ClassVar[str] = "quantization"
+    in_place: ClassVar[bool] = False
     contract_fields: ClassVar[dict[str, Any]] = {"weight_bits": 3, "epochs": 0}
 
     weight_bits: Annotated[int, Field(ge=1, le=8)] = 2
@@ -103,39 +105,56 @@ class AlternatingMultibitQuantization(TrainingMethod):
         Raises:
             ModelError: there is nothing to code, or hidden states cannot be coded in a layer.
         """
+        twins: dict[str, LatentMultiBit] = {}
+        for name in self.coded_layers(model):
+            twins[name] = self.twin(model.get_submodule(name))
+            replace_module(model, name, twins[name])
+        session.report(coded=list(twins))
+        return twins
+
+    def coded_layers(self, model: nn.Module) -> list[str]:
+        """The layers that are coded; raises as `insert` does."""
         found = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding, nn.LSTM, nn.GRU)}
         if not found:
             raise ModelError(f"{self.name} found nothing to code: it takes Linear, Embedding, LSTM and GRU layers")
-        twins: dict[str, LatentMultiBit] = {}
         for name, layer in found.items():
             if self.activation_bits and isinstance(layer, nn.RNNBase) and (layer.bidirectional or layer.proj_size):
                 raise ModelError(
                     f"{self.name} cannot code the states of '{name}', which is bidirectional or projects; "
                     "leave out activation_bits"
                 )
-            coded = coded_layer(layer, self.weight_bits, self.activation_bits, self.method, self.iterations)
-            twins[name] = LatentMultiBit(layer, coded, self.final_refit)
-            replace_module(model, name, twins[name])
-        session.report(coded=list(twins))
-        return twins
+        return list(found)
+
+    def twin(self, layer: nn.Module) -> LatentMultiBit:
+        """The latent twin of a layer."""
+        coded = coded_layer(layer, self.weight_bits, self.activation_bits, self.method, self.iterations)
+        return LatentMultiBit(layer, coded, self.final_refit)
 
     def code(self, session: Session, model: nn.Module) -> None:
-        """Code the weights of ``model`` as they are (in place) and report the relative squared error of each matrix."""
-        pack(session, model, self.insert(session, model))
+        """Code the weights of ``model`` as they are (in place), layer by layer, and report the relative squared error of
+        each matrix."""
+        names = self.coded_layers(model)
+        errors: dict[str, float] = {}
+        with session.progress.task(f"{session.label}: layers", len(names)) as bar:
+            for name in names:
+                errors |= pack(model, name, self.twin(model.get_submodule(name)))
+                trim()
+                bar.advance()
+        session.report(coded=names, relative_squared_error=errors)
 
 
 @torch.no_grad()
-def pack(session: Session, model: nn.Module, twins: dict[str, LatentMultiBit]) -> None:
-    """Put packed layers in the place of latent ones (in place)."""
-    errors: dict[str, float] = {}
-    for name, twin in twins.items():
-        packed = twin.packed()
-        for matrix in packed.shapes:
-            weight = twin.get_parameter(matrix)
-            error = (packed.dense(matrix) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
-            errors[f"{name}.{matrix}"] = float(error)
-        replace_module(model, name, packed)
-    session.report(relative_squared_error=errors)
+def pack(model: nn.Module, name: str, twin: LatentMultiBit) -> dict[str, float]:
+    """Put the packed layer in the place of a latent one (in place) and return the relative squared error of each
+    matrix."""
+    packed = twin.packed()
+    errors = {}
+    for matrix in packed.shapes:
+        weight = twin.get_parameter(matrix)
+        error = (packed.dense(matrix) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+        errors[f"{name}.{matrix}"] = float(error)
+    replace_module(model, name, packed)
+    return errors
 
 
 class CodingAtTheEnd(Callback):
@@ -183,7 +202,10 @@ class TrainingThroughCodes(Callback):
                 twin.get_parameter(name).clamp_(-self.method.clip, self.method.clip)
 
     def finish(self, trainer: Trainer) -> None:
-        pack(self.session, trainer.model, self.twins)
+        errors: dict[str, float] = {}
+        for name, twin in self.twins.items():
+            errors |= pack(trainer.model, name, twin)
+        self.session.report(relative_squared_error=errors)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "share": self.share}

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientdnns.parts.integer_layers import Activation, activate, integer_layer, quantizable
 from efficientdnns.parts.observer import Observer
 from efficientdnns.parts.quantizer import QuantSpec, extremes, fake_quantize, scale_and_zero_point
-from efficientdnns.quantization.integer_layers import Activation, activate, integer_layer, quantizable
 from efficientdnns.surgery import ChannelGraph, Node, get_module, replace_module
 from efficientdnns.surgery.trace import Inputs
 
@@ -229,6 +229,11 @@ class FakeQuantizedLayer(nn.Module):
         shift = ((0.0 if self.bias is None else self.bias) - norm.running_mean) * factor
         weight = self.weight * factor.view(-1, *[1] * (self.weight.dim() - 1))
         return weight, shift + (0.0 if norm.bias is None else norm.bias)
+
+    def release(self) -> None:
+        """Let go of the float tensors; the layer is of use for its quantizers' grids alone."""
+        self.weight = self.bias = self.norm = None  # type: ignore[assignment]
+        self.layer = ()  # type: ignore[assignment]
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (layer,) = self.layer

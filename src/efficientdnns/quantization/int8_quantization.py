@@ -12,9 +12,10 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from efficientdnns.data.split import Batch
+from efficientdnns.deployment.int8_latency import layer_latencies, slower_layers
 from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.method import Need, Paper, TrainingMethod
-from efficientdnns.parts.observer import MovingAverage, Observer, ObserverName, make_observer
+from efficientdnns.parts.observer import MinMax, MovingAverage, Observer, ObserverName, make_observer
 from efficientdnns.parts.quantizer import QuantSpec
 from efficientdnns.quantization.fake_quantization import (
     FakeQuantizedLayer,
@@ -26,6 +27,8 @@ from efficientdnns.quantization.fake_quantization import (
     quantizers,
 )
 from efficientdnns.session import Session
+from efficientdnns.storage import trim
+from efficientdnns.surgery.remove import clone
 from efficientdnns.training import Callback, Trainer
 
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -58,7 +61,8 @@ class Int8Quantization(TrainingMethod):
         lie on their layers' grids, their result is quantized where the next integer layer reads it); the paper rescales
         in integers (`parts.integer_arithmetic.quantized_add`). A layer whose output is the network's output returns its
         accumulators as real numbers. The layers are an exact reference: they are smaller, not faster; speed comes from
-        the runtime that one exports to. QAT divides the convolution by the fold factor and normalises it by the batch
+        ONNX Runtime, for which `efficientdnns.deployment.int8_onnx` writes them, residual additions in integers too.
+        QAT divides the convolution by the fold factor and normalises it by the batch
         (the variant of 1806.08342 without its correction term, which this makes superfluous) in place of the paper's
         second convolution. The delay is a share of the run, not 50,000 to 2 million steps.
     """
@@ -74,6 +78,7 @@ class Int8Quantization(TrainingMethod):
     )
     kind: ClassVar[str] = "quantization"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration data"})
+    in_place: ClassVar[bool] = False
     contract_fields: ClassVar[dict[str, Any]] = {"calibration_samples": 64}
 
     mode: Literal["static", "dynamic", "qat"] = "static"
@@ -96,6 +101,9 @@ class Int8Quantization(TrainingMethod):
     """Samples of the calibration split that 'static' observes."""
     skip: tuple[str, ...] = ()
     """Layers that stay real: names or patterns such as 'layer1.*'."""
+    skip_slower: bool = False
+    """Leave layers real that are slower in integers, measured in ONNX Runtime on this machine at the threads of the run
+    and a batch of one; they are reported under ``slower``. On by itself under a latency budget. Needs onnxruntime."""
     learning_rate: Annotated[float, Field(gt=0)] | None = 0.005
     """Peak learning rate of 'qat'; low, because a trained network is tuned."""
     smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.99
@@ -145,6 +153,8 @@ class Int8Quantization(TrainingMethod):
                     "write a name or a pattern like 'layer1.*'"
                 )
         plan, left = places(model, session.example_input, self.skip)
+        if plan and (self.skip_slower or "latency" in session.budget.limits()):
+            plan, left = self.faster(session, model, plan)
         if not plan:
             raise ModelError(
                 f"{self.name} found no layer to quantize: it takes Conv2d with zero padding and Linear, called once"
@@ -154,12 +164,29 @@ class Int8Quantization(TrainingMethod):
         )
         return plan
 
+    def faster(self, session: Session, model: nn.Module, plan: list[Place]) -> tuple[list[Place], list[str]]:
+        """`places` without the layers that a trial in integers shows to be slower; reports them with both times."""
+        trial = clone(model).eval()
+        layers = prepare(trial, plan, self.weight_spec(), self.activation_spec(), MinMax)
+        for quantizer in quantizers(layers):
+            quantizer.calibrating = True
+        with torch.no_grad():
+            session.task.outputs(trial, session.example_input)
+            convert(trial, plan, layers, dynamic=self.mode == "dynamic")
+        latencies = layer_latencies(trial.cpu(), session.task.example_input, forward=session.task.outputs)
+        slower = slower_layers(latencies)
+        session.report(
+            slower={layer.name: [layer.real_ms, layer.int8_ms] for layer in latencies if layer.name in slower}
+        )
+        return places(model, session.example_input, (*self.skip, *slower))
+
 
 @torch.no_grad()
 def quantize_after_training(method: Int8Quantization, session: Session, model: nn.Module) -> None:
     """Fold, observe and convert the network in place."""
     model.eval()
     plan = method.plan(session, model)
+    trim(collect=True)
     spec = method.activation_spec()
 
     def observer() -> Observer:
@@ -173,7 +200,12 @@ def quantize_after_training(method: Int8Quantization, session: Session, model: n
             for inputs in session.calibration(method.calibration_samples):
                 session.task.outputs(model, inputs)
                 bar.advance(steps=len(inputs))
-    convert(model, plan, layers, dynamic=method.mode == "dynamic")
+    with session.progress.task(f"{session.label}: layers", len(plan)) as bar:
+        for place in plan:
+            convert(model, [place], layers, dynamic=method.mode == "dynamic")
+            layers[place.name].release()
+            trim()
+            bar.advance()
 
 
 class PostTraining(Callback):

@@ -1,7 +1,8 @@
 """Layers whose weights are sums of scaled sign vectors: packed for use, or latent while they are trained.
 
-A layer keeps its matrices as one byte for eight signs (``codes``) with k coefficients a row (``alpha``); the dense
-matrix is decoded on first use and kept outside the state. Its twin for training (`LatentMultiBit...`) has the ordinary
+A layer keeps its matrices as one byte for eight signs (``codes``) with k coefficients a row (``alpha``). A matrix of at
+most `KEPT` entries is decoded on first use and kept outside the state; a larger one is decoded at every use, so that a
+large network stays small in memory. Its twin for training (`LatentMultiBit...`) has the ordinary
 float parameters under their ordinary names.
 """
 
@@ -20,6 +21,9 @@ from efficientdnns.surgery import rebuildable
 
 Recurrent = nn.LSTM | nn.GRU
 State = Any
+KEPT = 1 << 18
+"""Entries up to which a decoded matrix is kept."""
+_BLOCK = 1 << 20
 
 
 def quantize_rows(x: Tensor, bits: int | None, method: CodeMethod = "alternating", iterations: int = 2) -> Tensor:
@@ -32,7 +36,7 @@ def quantize_rows(x: Tensor, bits: int | None, method: CodeMethod = "alternating
 
 
 class _Coded(nn.Module):
-    """Base of the packed layers: matrices as codes and coefficients.
+    """Base of the packed layers: matrices as codes and coefficients, left so in exported files.
 
     Args:
         shapes: (rows, n) of each matrix by name.
@@ -55,7 +59,7 @@ class _Coded(nn.Module):
             self.register_buffer(f"{name}_alpha", torch.zeros(rows, bits))
             self.register_buffer(f"{name}_codes", torch.zeros(rows, bits, -(-n // 8), dtype=torch.uint8))
             self.register_buffer(f"{name}_dense", None, persistent=False)
-        self.register_load_state_dict_post_hook(_Coded._forget)
+        self.register_load_state_dict_post_hook(_Coded.forget)
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], final_refit: bool = False) -> None:
@@ -63,29 +67,40 @@ class _Coded(nn.Module):
         o: dict[str, Any] = self.options
         for name, value in tensors.items():
             if name in self.shapes:
-                found = multibit_quantize(
-                    value, o["bits"], method=o["method"], iterations=o["iterations"], final_refit=final_refit
-                )
-                self.get_buffer(f"{name}_alpha").copy_(found[0])
-                self.get_buffer(f"{name}_codes").copy_(pack_binary(found[1]))
+                for rows in _row_blocks(value):
+                    found = multibit_quantize(
+                        value[rows], o["bits"], method=o["method"], iterations=o["iterations"], final_refit=final_refit
+                    )
+                    self.get_buffer(f"{name}_alpha")[rows] = found[0]
+                    self.get_buffer(f"{name}_codes")[rows] = pack_binary(found[1])
             else:
                 self.get_parameter(name).copy_(value)
-        self._forget()
+        self.forget()
 
-    def _forget(self, *_: Any) -> None:
+    def forget(self, *_: Any) -> None:
+        """Drop what was decoded; it is decoded again when needed."""
         for name in self.shapes:
             setattr(self, f"{name}_dense", None)
 
     def dense(self, name: str) -> Tensor:
-        """The matrix ``name``, decoded once."""
+        """The matrix ``name``; decoded once where it is small (in an exported file by the file)."""
+        if torch.compiler.is_exporting():
+            return self.decoded(name, slice(None))
         known: Tensor | None = getattr(self, f"{name}_dense")
         if known is None:
             # Not inside inference mode, whose tensors would be unusable in a later training run.
             with torch.inference_mode(False), torch.no_grad():
-                codes = unpack_binary(self.get_buffer(f"{name}_codes"), self.shapes[name][1])
-                known = decode(self.get_buffer(f"{name}_alpha"), codes)
-            setattr(self, f"{name}_dense", known)
+                known = self.get_buffer(f"{name}_alpha").new_empty(self.shapes[name])
+                for rows in _row_blocks(known):
+                    known[rows] = self.decoded(name, rows)
+            if known.numel() <= KEPT:
+                setattr(self, f"{name}_dense", known)
         return known
+
+    def decoded(self, name: str, rows: slice | Tensor) -> Tensor:
+        """Some rows of the matrix ``name``, (number of rows, n)."""
+        codes = unpack_binary(self.get_buffer(f"{name}_codes")[rows], self.shapes[name][1])
+        return decode(self.get_buffer(f"{name}_alpha")[rows], codes)
 
     def activations(self, x: Tensor) -> Tensor:
         """Vectors as the layer sees them: coded with k_h bits, or as they are."""
@@ -94,8 +109,10 @@ class _Coded(nn.Module):
 
     def count_parameters(self) -> tuple[int, int]:
         """Weights that the codes stand for, and biases; how many of them are not zero."""
-        tensors = [self.dense(name) for name in self.shapes] + [p.detach() for p in self.parameters()]
-        return sum(t.numel() for t in tensors), sum(int(t.count_nonzero()) for t in tensors)
+        biases = [p.detach() for p in self.parameters()]
+        total = sum(rows * n for rows, n in self.shapes.values()) + sum(bias.numel() for bias in biases)
+        nonzero = sum(int(self.dense(name).count_nonzero()) for name in self.shapes)
+        return total, nonzero + sum(int(bias.count_nonzero()) for bias in biases)
 
 
 @rebuildable
@@ -146,7 +163,9 @@ class MultiBitEmbedding(_Coded):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.embedding(x, self.dense("weight"))
+        if self.num_embeddings * self.embedding_dim <= KEPT or torch.compiler.is_exporting():
+            return F.embedding(x, self.dense("weight"))
+        return self.decoded("weight", x.reshape(-1)).view(*x.shape, self.embedding_dim)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -242,6 +261,12 @@ class LatentMultiBit(nn.Module):
         coded = self.coded.to(next(self.parameters()).device)
         coded.fill(dict(self.named_parameters()), self.final_refit)
         return coded.train(self.training)
+
+
+def _row_blocks(matrix: Tensor) -> list[slice]:
+    """Rows, which are coded independently, in blocks of about `_BLOCK` entries."""
+    step = max(1, _BLOCK // max(1, matrix.shape[1]))
+    return [slice(start, start + step) for start in range(0, matrix.shape[0], step)]
 
 
 def coded_layer(

@@ -186,7 +186,7 @@ class IntegerLayer(nn.Module):
 
     def _measure(self, *_: Any) -> None:
         """Bound of the accumulator before the bias, from the weights that are there: once, not at every call."""
-        weights = int(self._centred(torch.float64).abs().flatten(1).sum(1).max())
+        weights = int(self._centred(torch.int16).abs().flatten(1).sum(1).max())
         self.largest_sum = weights * ((1 << self.activation_spec.bits) - 1)
 
     @staticmethod
