@@ -52,6 +52,7 @@ import efficientdnns as ed
 from efficientdnns.errors import SurgeryError
 from efficientdnns.measurement import count_macs
 from efficientdnns.surgery import ChannelGraph, remove, zero_contributions
+from efficientdnns.surgery.reference import reference_outputs
 
 TIMM = """vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256
 convnext_atto convnextv2_atto efficientnet_b0 mobilenetv3_small_050 mobilenetv4_conv_small_035
@@ -157,11 +158,13 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
         return [x for x in tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
 
 
-def compare(reference: nn.Module, smaller: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+def compare(
+    reference: Callable[[Any], list[Tensor]], smaller: nn.Module, model: nn.Module, inputs: tuple[Any, ...]
+) -> dict[str, Any]:
     """Verdict on the smaller network, in float64, from the full network with zeroed contributions and as it was."""
     wide = tree_map(lambda x: x.double() if x.is_floating_point() else x, inputs)
     try:
-        expected, got = outputs(reference.double(), wide), outputs(smaller.double(), wide)
+        expected, got = reference(wide), outputs(smaller.double(), wide)
     except RuntimeError as error:  # constants in the code
         return {"verdict": "runs", "reason": f"not in float64: {one_line(error)}"}
     if [t.shape for t in expected] != [t.shape for t in got]:
@@ -213,7 +216,10 @@ def ours(name: str, limits: Limits, model: nn.Module, inputs: tuple[Any, ...]) -
     limits.over = True
     cost = limits.cost()
     sizes = {"macs": macs(smaller, inputs) / macs(model, inputs), "params": count(smaller) / count(model)}
-    return cost | sizes | compare(zero_contributions(model, chosen, graph), smaller, model, inputs)
+    if graph.exported is None:
+        full = zero_contributions(model, chosen, graph).double()
+        return cost | sizes | compare(lambda wide: outputs(full, wide), smaller, model, inputs)
+    return cost | sizes | compare(lambda wide: reference_outputs(model, chosen, graph, wide), smaller, model, inputs)
 
 
 def torch_pruning(name: str, limits: Limits, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
@@ -235,7 +241,7 @@ def torch_pruning(name: str, limits: Limits, model: nn.Module, inputs: tuple[Any
     cause = zeroed(full, smaller)
     if cause is not None:
         return found | {"verdict": "runs", "reason": f"what was removed cannot be told at {cause}"}
-    return found | compare(full, smaller, original, inputs)
+    return found | compare(lambda wide: outputs(full.double(), wide), smaller, original, inputs)
 
 
 def halve(model: nn.Module, inputs: tuple[Any, ...]) -> None:

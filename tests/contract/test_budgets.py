@@ -95,3 +95,15 @@ def test_the_last_method_that_can_meets_a_limit(trained, digits) -> None:
     nisp, admm = (record.findings["budget"].keys() for record in result.report.methods)
     assert (nisp, admm) == ({"macs"}, {"bytes"})
     assert all(line.got > 0.95 * line.asked for line in result.budget)
+
+
+@pytest.mark.parametrize("method", SOLVERS, ids=ident)
+def test_leaves_layers_alone_by_name(method, trained, digits) -> None:
+    step = method(**method.contract_fields, skip=("conv2",))
+    after = ed.compress(trained, digits, [step], quiet=True, latency=False).model.get_submodule("conv2")
+    before = trained.get_submodule("conv2")
+    assert type(after) is type(before)
+    assert after.out_channels == before.out_channels
+    assert after.weight.all(), "it was pruned"
+    with pytest.raises(ed.ConfigurationError, match=r"conv22.*did you mean 'conv2'"):
+        ed.compress(trained, digits, [method(**method.contract_fields, skip=("conv22",))], quiet=True)

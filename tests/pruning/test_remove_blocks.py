@@ -27,7 +27,7 @@ def test_the_network_is_the_one_without_the_block(model, digits, tmp_path) -> No
     assert result.after.params < result.before.params
     result.save(tmp_path / "result")
     with torch.no_grad():
-        assert torch.equal(ed.load(tmp_path / "result").model.eval()(x), expected(x))
+        assert torch.equal(ed.load(tmp_path / "result").eval()(x), expected(x))
 
 
 def test_a_block_that_changes_the_shape_is_refused(model, digits) -> None:

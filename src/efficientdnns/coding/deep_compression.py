@@ -24,7 +24,7 @@ from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.method import Method, Need, Paper, Ratio
 from efficientdnns.parts.budgets import costs, limits_of, meet, require_reachable
 from efficientdnns.parts.dead import remove_constant_channels, remove_dead_channels
-from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights
+from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights, without
 from efficientdnns.parts.sparse_budgets import AIM, coded_size, trim
 from efficientdnns.session import Session
 from efficientdnns.training import Callback, Trainer
@@ -94,6 +94,8 @@ class DeepCompression(Method):
     """Share of weights removed: one number, or one per layer by name pattern; under a budget what it is in proportion."""
     quality: dict[str, PositiveFloat] = {}
     """Quality parameter q of single layers by name pattern, in place of a share."""
+    skip: tuple[str, ...] = ()
+    """Layers to leave alone, by name pattern such as ``fc3`` or ``layer1.*``."""
     prune_iterations: PositiveInt = 3
     """Prune-and-retrain rounds; the sparsity rises evenly in the kept share's logarithm."""
     prune_epochs: NonNegativeInt = 10
@@ -111,9 +113,13 @@ class DeepCompression(Method):
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of retraining; None takes a tenth of the session's. The centroids get a tenth of that."""
 
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that are pruned, clustered and coded, by parameter name."""
+        return without(layer_weights(model), self.skip, f"{self.name}: skip")
+
     def check(self, session: Session) -> None:
         super().check(session)
-        weights = layer_weights(session.model)
+        weights = self.weights(session.model)
         if not weights:
             raise ConfigurationError(
                 f"{type(session.model).__name__} has no linear, convolutional or recurrent layer for {self.name}"
@@ -123,7 +129,7 @@ class DeepCompression(Method):
             raise ConfigurationError(f"{self.name}: bits lacks {sorted(unknown)}; write bits={{conv: 8, fc: 5}}")
 
     def check_network(self, session: Session) -> None:
-        weights = layer_weights(session.model)
+        weights = self.weights(session.model)
         if limits_of(session, self):
             least = self.powered(self.shares(weights), 0)
             require_reachable(
@@ -137,7 +143,7 @@ class DeepCompression(Method):
 
     def shares_within(self, session: Session) -> dict[str, float]:
         """The share of weights removed from each layer, as the budget or else as the field wants it."""
-        weights = layer_weights(session.model)
+        weights = self.weights(session.model)
         shares = self.shares(weights)
         if not limits_of(session, self):
             return shares
@@ -184,7 +190,7 @@ class DeepCompression(Method):
         return costs(session, model, names, session.codecs | self._codecs(model, self.huffman))
 
     def _codecs(self, model: nn.Module, huffman: bool) -> dict[str, DeepCompressionCodec]:
-        return {name: DeepCompressionCodec(self.index_bits, huffman) for name in layer_weights(model)}
+        return {name: DeepCompressionCodec(self.index_bits, huffman) for name in self.weights(model)}
 
     def shares(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The share of weights removed from each layer without a budget."""
@@ -194,14 +200,14 @@ class DeepCompression(Method):
 
     def apply(self, session: Session) -> None:
         dense = self._bytes(session)
-        size = {name: weight.numel() for name, weight in layer_weights(session.model).items()}
+        size = {name: weight.numel() for name, weight in self.weights(session.model).items()}
         rate = self.learning_rate or session.settings.learning_rate / 10
         self.prune(session, rate)
-        session.sparse |= set(layer_weights(session.model))
+        session.sparse |= set(self.weights(session.model))
         session.model = self._without_dead(session.model, session)
         pruned = self._bytes(session)
         self.share(session, rate / 10)
-        names = layer_weights(session.model)
+        names = self.weights(session.model)
         packed = self._bytes(session, self._codecs(session.model, huffman=False))
         session.codecs |= self._codecs(session.model, self.huffman)
         coded = self._bytes(session, session.codecs)
@@ -219,7 +225,7 @@ class DeepCompression(Method):
         original = [m.p for m in dropouts]
         shares = self.shares_within(session)
         for round_number in range(1, self.prune_iterations + 1):
-            weights = layer_weights(session.model)
+            weights = self.weights(session.model)
             quality = by_pattern(self.quality, weights, f"{self.name}: quality") if self.quality else {}
             if 1 < round_number == self.prune_iterations:
                 shares = self.shares_within(session)
@@ -267,7 +273,7 @@ class DeepCompression(Method):
     def _codebooks(self, model: nn.Module, seed: int) -> dict[str, SharedWeight]:
         """The codebook of every layer that has weights left."""
         shared = {}
-        for name, weight in layer_weights(model).items():
+        for name, weight in self.weights(model).items():
             values = weight.detach()[weight.detach() != 0]
             if len(values):
                 clusters = min(2 ** self._bits(model, name), len(values))

@@ -174,8 +174,8 @@ def unpack_binary(packed: Tensor, n: int) -> Tensor:
         bits = (number * low).floor() - 2 * (number * low / 2).floor()
         return (2 * bits - 1).flatten(-2)[..., :n].to(torch.int8)
     data = packed.cpu().contiguous().numpy()
-    bits = unpack_bools(data.tobytes(), data.size * 8).reshape(*data.shape[:-1], -1)[..., :n]
-    return torch.from_numpy(bits.astype(np.int8) * 2 - 1).to(packed.device)
+    signs = unpack_bools(data.tobytes(), data.size * 8).reshape(*data.shape[:-1], -1)[..., :n]
+    return torch.from_numpy(signs.astype(np.int8) * 2 - 1).to(packed.device)
 
 
 _ONES = torch.tensor([bin(byte).count("1") for byte in range(256)])

@@ -66,6 +66,12 @@ def by_pattern(values: Mapping[str, T], names: Iterable[str], field: str) -> dic
     }
 
 
+def without(values: Mapping[str, T], skip: Iterable[str], field: str) -> dict[str, T]:
+    """``values`` without the layers that the user leaves alone; patterns and errors as in `by_pattern`."""
+    left = by_pattern(dict.fromkeys(skip, True), values, field)
+    return {name: value for name, value in values.items() if name not in left}
+
+
 def share_out(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     r"""Share ``total`` kept weights out over layers in proportion to the square root of their size.
 

@@ -21,7 +21,7 @@ from efficientdnns.measurement.macs import count_macs
 from efficientdnns.method import Paper, Ratio, TrainingMethod
 from efficientdnns.parts.budgets import limits_of, require_reachable
 from efficientdnns.parts.project import ConstraintSet, LargestEntries, LargestInGroups, LargestRows, SparsitySet
-from efficientdnns.parts.select import by_pattern, layer_weights, share_out
+from efficientdnns.parts.select import by_pattern, layer_weights, share_out, without
 from efficientdnns.parts.sparse_budgets import kept_weights, trim
 from efficientdnns.surgery import ChannelGraph, Group, remove
 from efficientdnns.training import Callback, Trainer, factor
@@ -103,6 +103,8 @@ class ADMMPruning(TrainingMethod):
     """Share of all weights (or filters) that is removed; solved for when the run has a budget."""
     keep: dict[str, Keep] | None = None
     """What stays of each layer: name pattern -> share up to 1 or count above; layers that none fits stay dense."""
+    skip: tuple[str, ...] = ()
+    """Layers to leave alone, by name pattern such as ``fc3`` or ``layer1.*``."""
     constraint: Annotated[str, Field(pattern=r"^(weights|filters|[1-9]\d*:[1-9]\d*)$")] = "weights"
     """The constraint set: 'weights', 'filters', or 'N:M' (at most N of M consecutive input channels, such as '2:4')."""
     rho: PositiveFloat = 1e-4
@@ -128,9 +130,13 @@ class ADMMPruning(TrainingMethod):
             self.constraints(session)
 
     def check_network(self, session: Session) -> None:
-        weights = layer_weights(session.model)
+        weights = self.weights(session.model)
         if limits_of(session, self):
             require_reachable(session, self, lambda: _pruned(session.model, weights, len(weights)))
+
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that may be pruned, by parameter name."""
+        return without(layer_weights(model), self.skip, f"{self.name}: skip")
 
     def callback(self, session: Session) -> Callback:
         return ADMM(self, session, self.constraints(session))
@@ -142,7 +148,7 @@ class ADMMPruning(TrainingMethod):
             ConfigurationError: fields that do not go together, or a pattern that fits no layer.
             BudgetError: the budget leaves less than one weight for every layer.
         """
-        weights = layer_weights(session.model)
+        weights = self.weights(session.model)
         if ":" in self.constraint:
             if self.keep is not None or self.sparsity is not None:
                 raise ConfigurationError(

@@ -25,7 +25,7 @@ from efficientdnns.method import Paper, TrainingMethod
 from efficientdnns.parts.budgets import costs, limits_of, meet, require_reachable, targets_of
 from efficientdnns.parts.dead import remove_dead_channels, remove_dead_inputs
 from efficientdnns.parts.gate import HardConcrete
-from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights
+from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights, without
 from efficientdnns.parts.structured import Holder, WidthCosts, holders
 from efficientdnns.surgery import ChannelGraph
 from efficientdnns.training import Callback, ExponentialMovingAverage, Trainer
@@ -165,6 +165,8 @@ class L0Regularization(TrainingMethod):
     """lambda N, one number or by name pattern: the paper's 0.1 is for N = 60,000; with fewer samples take less."""
     drop_rate: Share | dict[str, Share] = 0.5
     """Initial probability p that a gate is low, one number or by name pattern (0.5 where none fits); 0.2 to 0.5."""
+    skip: tuple[str, ...] = ()
+    """Layers to leave alone, by name pattern such as ``fc3`` or ``layer1.*``."""
     temperature: Share = 2 / 3
     """beta of the hard concrete distribution."""
     gamma: Annotated[float, Field(lt=0)] = -0.1
@@ -226,6 +228,7 @@ class L0Regularization(TrainingMethod):
                 hosts[name] = graph.batch_norm_after(name) or name
         # A batch norm without scale and shift has nothing to fold the gates into.
         hosts = {n: h for n, h in hosts.items() if getattr(model.get_submodule(h), "weight", None) is not None}
+        hosts = without(hosts, self.skip, f"{self.name}: skip")
         if isinstance(self.strength, dict):
             strengths = by_pattern(self.strength, hosts, f"{self.name}: strength")
         else:

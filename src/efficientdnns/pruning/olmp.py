@@ -21,7 +21,7 @@ from efficientdnns.errors import ConfigurationError, DataError
 from efficientdnns.method import Paper, TrainingMethod
 from efficientdnns.parts.budgets import limits_of, require_reachable
 from efficientdnns.parts.negatively_correlated_search import NegativelyCorrelatedSearch, RandomSearch
-from efficientdnns.parts.select import largest_mask
+from efficientdnns.parts.select import largest_mask, without
 from efficientdnns.parts.sparse_budgets import kept_weights, trim
 from efficientdnns.training import Callback, Trainer
 from efficientdnns.training.sparsity import apply_masks
@@ -156,6 +156,8 @@ class OLMP(TrainingMethod):
     """Decay of the activity of convolutions with the step."""
     gamma_linear: NonNegativeFloat = 2e-4
     """Decay of the activity of linear and recurrent layers with the step."""
+    skip: tuple[str, ...] = ()
+    """Layers to leave alone, by name pattern such as ``fc3`` or ``layer1.*``."""
     samples: PositiveInt | None = None
     """Search on this many calibration samples; None: on the batch at hand."""
 
@@ -165,15 +167,19 @@ class OLMP(TrainingMethod):
             raise ConfigurationError(f"{self.name}: hysteresis is {list(self.hysteresis)}, expected low <= high")
         if self.samples is not None and session.task.calibration is None:
             raise DataError(f"{self.name}: samples needs a calibration split, but task '{session.task.name}' has none")
-        if not _layers(session.model):
+        if not self.layers(session.model):
             raise ConfigurationError(f"{self.name}: {type(session.model).__name__} has no layer to prune")
 
     def check_network(self, session: Session) -> None:
         if limits_of(session, self):
-            names = [names for _, names in _layers(session.model).values()]
+            names = [names for _, names in self.layers(session.model).values()]
             whole = {name: session.model.get_parameter(name).detach() for layer in names for name in layer}
             order = relative_sizes(whole, names, [1.0] * len(names))
             require_reachable(session, self, lambda: _masked(session.model, whole, order, len(names)))
+
+    def layers(self, model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
+        """The layers that are pruned and the names of their parameters."""
+        return without(_layers(model), self.skip, f"{self.name}: skip")
 
     def callback(self, session: Session) -> Callback:
         return Surgery(self, session)
@@ -225,7 +231,7 @@ class Surgery(Callback):
         self.budget_met = not limits_of(session, method)
 
     def setup(self, trainer: Trainer) -> None:
-        layers = _layers(trainer.model)
+        layers = self.method.layers(trainer.model)
         self.layers = {name: parameters for name, (_, parameters) in layers.items()}
         self.names = list(self.layers.values())
         self.parameters = {n: trainer.model.get_parameter(n) for names in self.names for n in names}
