@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from efficientdnns.deployment.extras import need
 from efficientdnns.deployment.files import replacing
-from efficientdnns.deployment.onnx import write_onnx
+from efficientdnns.deployment.graph import trace
+from efficientdnns.deployment.onnx import write_graph
 from efficientdnns.deployment.qdq import Rewriter
 from efficientdnns.deployment.small_onnx import shrink
 from efficientdnns.errors import ModelError
@@ -85,11 +86,16 @@ def real_file(model: nn.Module, example_input: Any, **options: Any) -> Any:
     and results of these layers are called ``layer/...``."""
     import onnx
 
+    graph = trace(real_image(model), example_input, coded=False, **options)
     with tempfile.TemporaryDirectory() as folder:
-        file = onnx.load(write_onnx(real_image(model), example_input, Path(folder) / "real.onnx", **options))
+        path = Path(folder) / "real.onnx"
+        write_graph(graph, path)
+        file = onnx.load(path)
     layers = {f"network.{name}.weight" for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
     outputs = {value.name for value in file.graph.output}
     new: dict[str, str] = {}
+    if absent := layers - {tensor.name for tensor in file.graph.initializer}:
+        raise ModelError(f"torch.onnx left out the weights of {len(absent)} integer layers ({sorted(absent)[0]})")
     for number, node in enumerate(file.graph.node):
         weight = next((name for name in node.input if name in layers), "")
         node.name = f"{weight.removeprefix('network.').removesuffix('.weight')}/{number}" if weight else ""
