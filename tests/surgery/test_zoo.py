@@ -193,10 +193,14 @@ def test_benchmark_says_exact_and_wrong() -> None:
     assert limits.known["removable"] == 1
     other, original = copy.deepcopy(model), copy.deepcopy(model)
     next(original.parameters()).data.mul_(2)
-    assert module.compare(model, other, original, inputs)["verdict"] == "exact"
+
+    def reference(wide):
+        return module.outputs(model.double(), wide)
+
+    assert module.compare(reference, other, original, inputs)["verdict"] == "exact"
     next(other.parameters()).data.mul_(1.01)
-    assert module.compare(model, other, original, inputs)["verdict"] == "wrong"
-    assert module.compare(model, model, model, inputs)["verdict"] == "runs"
+    assert module.compare(reference, other, original, inputs)["verdict"] == "wrong"
+    assert module.compare(reference, model, model, inputs)["verdict"] == "runs"
 
 
 @pytest.mark.long
