@@ -271,17 +271,20 @@ class _Recorder:
 
     def _steps(self, path: str, nodes: list[Node]) -> None:
         inside = set(nodes)
+        children: dict[str, list[Node]] = {}
+        for node in nodes:
+            child = self._child(path, node)
+            if child is not None:
+                children.setdefault(child, []).append(node)
+        first = {own[0]: child for child, own in children.items()}
         done: set[Node] = set()
         for node in nodes:
             if node in done:
                 continue
-            child = self._child(path, node)
-            if child is not None:
-                own = [n for n in nodes if self._child(path, n) == child]
-                if self._call_child(path, child, own, inside):
-                    done.update(own)
-                    continue
-            self._operation(path, node)
+            if node in first and self._call_child(path, first[node], children[first[node]], inside):
+                done.update(children[first[node]])
+            else:
+                self._operation(path, node)
 
     def _child(self, path: str, node: Node) -> str | None:
         """The outermost module inside ``path`` that is being executed at a node and may be called."""

@@ -113,7 +113,7 @@ def settled(
             return smaller, None
         path, reason = failed
         kind = kind_of(smaller.get_submodule(path))
-        alike = {path} | {p for p in written if kind_of(smaller.get_submodule(p)) is kind}
+        alike = {path} | {p for p in written if p not in attempt.done and kind_of(smaller.get_submodule(p)) is kind}
         if not everywhere and any([attempt.rename(p, written.get(p, {})) for p in alike]):
             continue
         if not any([attempt.record(p) for p in alike]):
