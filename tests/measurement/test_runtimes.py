@@ -171,3 +171,13 @@ def test_torch_compile_really_compiles():
     with Compiled(model).opened(inputs, threads=1) as once:
         assert torch._dynamo.utils.counters["frames"]["ok"] >= 1
         torch.testing.assert_close(once(), model(inputs))
+
+
+@needs_onnx
+def test_integer_layers_run_in_integers(digits, trained):
+    step = ed.Int8Quantization(calibration_samples=32)
+    model = ed.compress(trained, digits, [step], quiet=True, latency=False).model
+    onnx = pytest.importorskip("onnx")
+    runtime = OnnxRuntime(model, digits.example_input)
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(runtime.path).graph.node}
+    assert measure_latency([runtime], digits.example_input, repeats=2)[0].runtime == "onnxruntime"

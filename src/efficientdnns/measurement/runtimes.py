@@ -77,9 +77,15 @@ class OnnxRuntime:
         """The ONNX file."""
         if not isinstance(self.source, nn.Module):
             return Path(self.source)
+        from efficientdnns.deployment.graph import trace
+        from efficientdnns.deployment.integers import has_integers, write_integers
         from efficientdnns.deployment.onnx import write_onnx
 
         path = Path(self._folder.name) / "model.onnx"
+        if has_integers(self.source):
+            graph = trace(self.source, self.example_input, forward=self.forward)
+            write_integers("onnx", graph, self.source, path, self.forward)
+            return path
         return write_onnx(self.source, self.example_input, path, dynamic_batch=True, forward=self.forward)
 
     @contextmanager
