@@ -182,3 +182,14 @@ def test_windows_with_a_position_table_and_a_mask() -> None:
 )
 def test_factors(old: list[int], new: list[int], expected: list[int] | None) -> None:
     assert factors(old, new) == expected
+
+
+def test_types_that_the_code_fixes() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        places = torch.arange(6, dtype=torch.float32).mul(0.7).sin()
+        return self.b((self.a(x) + places[:, None]).relu())
+
+    model = function_module(forward, a=nn.Linear(12, 8), b=nn.Linear(8, 3))
+    graph = ChannelGraph.trace(model, TOKENS.float())
+    assert [group.size for group in graph.groups] == [8]
+    remove(model, TOKENS.float(), {"a": [0, 5]}, graph)

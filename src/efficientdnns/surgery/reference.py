@@ -31,6 +31,7 @@ def reference_outputs(
     graph: ChannelGraph,
     example: Sequence[Any] | None = None,
     dtype: torch.dtype | None = torch.float64,
+    casts: bool = True,
 ) -> list[Tensor]:
     """The outputs of ``model`` with the contributions of the units of ``plan`` zeroed.
 
@@ -40,20 +41,24 @@ def reference_outputs(
         graph: Its channel graph, traced by export.
         example: Positional inputs; by default those of the traced run.
         dtype: Floating-point numbers are computed in it; None leaves them as they are.
+        casts: Whether that also holds for floating-point types written into operations: the trace does not tell a type
+            that the code asks for from one that it read off a tensor.
 
     Returns:
         The output tensors, flattened.
     """
     assert graph.exported is not None
-    run = _Run(model, plan, graph, dtype)
+    run = _Run(model, plan, graph, dtype, casts)
     with torch.no_grad():
         return run.outputs(graph.example if example is None else example)
 
 
 class _Run:
-    def __init__(self, model: nn.Module, plan: Plan, graph: ChannelGraph, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, graph: ChannelGraph, dtype: torch.dtype | None, casts: bool
+    ) -> None:
         assert graph.exported is not None
-        self.program, self.dtype = graph.exported, dtype
+        self.program, self.dtype, self.casts = graph.exported, dtype, casts
         self.sizes = Sizes(graph, plan)
         self.tensors = tensors_of(model)
         self.zeroed: dict[str, list[tuple[int, Tensor]]] = {}
@@ -100,6 +105,9 @@ class _Run:
 
     def _call(self, node: Node, values: dict[Node, Any]) -> Any:
         read = {source: self._read(values[source]) for source in node.all_input_nodes}
+        floats = [x for x in read.values() if isinstance(x, Tensor) and x.is_floating_point()]
+        if any(x.dtype == self.dtype for x in floats):  # the code would have brought the others to that type too
+            read = {source: self._wide(x) for source, x in read.items()}
         if operation(node) in STATISTICS and any(
             self.sizes.changed(v) for source in node.all_input_nodes for v in self.sizes.values(source)
         ):
@@ -109,7 +117,7 @@ class _Run:
 
     def _dtypes(self, arguments: Any) -> Any:
         """Casts written in the code are to the precision of this run."""
-        wide = self.dtype
+        wide = self.dtype if self.casts else None
         return torch.fx.node.map_aggregate(
             arguments, lambda x: wide if wide and isinstance(x, torch.dtype) and x.is_floating_point else x
         )
