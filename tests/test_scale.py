@@ -225,7 +225,8 @@ def test_the_transformer_is_what_it_says(tied, causal, classes) -> None:
 def test_a_run_needs_little_more_than_the_network(method) -> None:
     row = scaling().fresh("50m", method, timeout=600)
     assert "error" not in row, row
-    # 0.3 of the network, a layer with its float64 twin and activations, and what tracing leaves behind at any size.
-    allowed = 1.3 * row["bytes"] + 8 * row["layer"] + (64 << 20)
+    # 0.3 of the network, a layer with its float64 twin and activations, and what tracing and the allocator leave behind at
+    # any size. One more copy of the network would be 190 MiB.
+    allowed = 1.3 * row["bytes"] + 8 * row["layer"] + (96 << 20)
     assert max(row["peaks"].values()) <= allowed, row
     assert row["file_after"] < 0.3 * row["file_before"]
