@@ -104,7 +104,7 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
             size = (3, 299, 299) if kind == "inception_v3" else size
         model = models.get_model(kind, weights=None, **options)
         if family == "detection":
-            return model.eval(), ([torch.rand(3, 320, 320)],)
+            return model.eval(), ([torch.rand(3, 320, 320), torch.rand(3, 320, 320)],)
     return model.eval(), (torch.randn(1, *size),)
 
 

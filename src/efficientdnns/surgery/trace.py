@@ -429,7 +429,10 @@ def _record_calls(model: nn.Module, arguments: tuple[Any, ...]) -> list[_Called]
 
 def _exported(module: nn.Module, call: _Called, programs: dict[nn.Module, ExportedProgram]) -> bool:
     try:
-        programs[module] = export(module, call.arguments, call.keywords)
+        program = export(module, call.arguments, call.keywords)
+        for node in program.graph.nodes:
+            _shapes(node)  # SurgeryError where sizes depend on values
+        programs[module] = program
     except Exception:  # its children are tried next; what remains is kept whole and listed
         return False
     return True
