@@ -369,7 +369,7 @@ def sentences(count: int = 48, length: int = 8, seed: int = 0) -> tuple[dict[str
 
 def test_a_transformer_classifier_with_inputs_by_name(tmp_path: Path) -> None:
     inputs, classes = sentences()
-    task = ed.Task((inputs, classes), (inputs, classes), name="sentences")
+    task = ed.Task(sentences(count=160, seed=1), (inputs, classes), name="sentences")
     model = ed.models.build(f"hf:{bert(tmp_path / 'bert')}", num_classes=task.num_classes)
     assert type(model).__name__ == "BertForSequenceClassification"
     check_fits(model, task)
