@@ -101,6 +101,11 @@ class Method(BaseModel):
         if cls.__dict__.get("name"):
             _REGISTRY[cls.name] = cls
 
+    @property
+    def solves(self) -> frozenset[str]:
+        """Of ``budgets`` those that can be solved for with these fields; some fields leave more or less to choose."""
+        return self.budgets
+
     def check(self, session: Session) -> None:
         """Raise before any work starts if the session lacks what the method needs. Extend it, do not replace it."""
         task = session.task
@@ -164,6 +169,9 @@ class TrainingMethod(Method):
         """Epochs the method needs, all phases together."""
         return self.epochs
 
+    def afterwards(self, session: Session) -> None:
+        """What follows the run, once the network is what the method made of it: fine-tuning after a cut, say."""
+
     def settings(self) -> dict[str, Any]:
         """The training settings that this method fixes."""
         names = ("learning_rate", "batch_size", "optimizer", "weight_decay", "schedule")
@@ -210,6 +218,8 @@ def train_together(session: Session, methods: Iterable[TrainingMethod]) -> None:
         settings = {**method.settings(), **settings}
     callbacks = [method.callback(session) for method in methods]
     session.train(callbacks, epochs=max(method.total_epochs for method in methods), **settings)
+    for method in methods:
+        method.afterwards(session)
 
 
 def registered() -> dict[str, type[Method]]:
