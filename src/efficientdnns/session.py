@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ class Session:
     """For each limit of the budget the method that has to meet it: the last one of the chain that can."""
     original_latency: float | None = None
     """Milliseconds of the original in the budget's runtime, once it was timed."""
+    _original_runner: tuple[nn.Module, Runner] | None = field(default=None, init=False, repr=False)
+    """The original in the budget's runtime, exported once."""
 
     @property
     def device(self) -> torch.device:
@@ -74,12 +77,16 @@ class Session:
         task: Task | None = None,
         model: nn.Module | None = None,
         validate: bool = True,
+        seed: int | None = None,
+        start: int = 0,
+        until: int | None = None,
         **settings: Any,
     ) -> list[dict[str, Any]]:
         """One training run of ``model`` (default: the session's) and its history.
 
         ``settings`` override the session's `TrainingSettings`. A finished run is not repeated when a session is
-        resumed: its last checkpoint is loaded and ``finish`` of its callbacks runs again.
+        resumed: its last checkpoint is loaded and ``finish`` of its callbacks runs again. Every run has an order of data
+        of its own unless ``seed`` says otherwise; ``start`` and ``until`` run only a stretch of it (`Trainer`).
         """
         self.runs += 1
         self.unshare(model)
@@ -92,11 +99,13 @@ class Session:
             epochs=epochs,
             settings=self.settings.override(**settings),
             accelerator=self.accelerator,
-            seed=self.seed * 1000 + self.runs,
+            seed=self.seed * 1000 + self.runs if seed is None else seed,
             label=self.label,
             checkpoint=self.directory / f"run-{self.runs:03d}.safetensors" if self.directory else None,
             progress=self.progress,
             validate=validate,
+            start=start,
+            until=until,
         )
         history = trainer.fit()
         if model is None:
@@ -131,18 +140,24 @@ class Session:
         """The task's metric on the calibration split: for choices, never for claims."""
         return self.task.evaluate(model or self.model, "calibration", device=self.device, limit=limit).value
 
-    def latency(self, model: nn.Module) -> float:
+    def latency(self, model: nn.Module, times: int = 1) -> float:
         """Median milliseconds of one call of ``model`` in the runtime of the budget.
 
         It is timed in turn with the original, and what counts is how they compare: the figure is the original's first
         median times the ratio of the tenth percentiles, which (unlike the ratio of the medians) stays within a few per
-        cent on a machine that is busy with other things. So the figures of several calls can be compared.
+        cent on a machine that is busy with other things. So the figures of several calls can be compared. With ``times``
+        it is the median of as many measurements of a second each.
         """
-        runners = [runner_for(self.budget.runtime, network, self.task) for network in (self.original, model)]
-        before, after = measure_latency(runners, self.task.example_input, repeats=500, seconds=1.0)
-        if self.original_latency is None:
-            self.original_latency = before.median
-        return self.original_latency * after.p10 / before.p10
+        if self._original_runner is None or self._original_runner[0] is not self.original:
+            self._original_runner = self.original, runner_for(self.budget.runtime, self.original, self.task)
+        runners = [self._original_runner[1], runner_for(self.budget.runtime, model, self.task)]
+        ratios = []
+        for _ in range(times):
+            before, after = measure_latency(runners, self.task.example_input, repeats=500, seconds=1.0)
+            self.original_latency = self.original_latency or before.median
+            ratios.append(after.p10 / before.p10)
+        assert self.original_latency is not None
+        return self.original_latency * statistics.median(ratios)
 
     def calibration(self, samples: int, batch_size: int = 128) -> Iterator[Any]:
         """Inputs of the first ``samples`` calibration samples, in batches on the session's device."""
