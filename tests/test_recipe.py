@@ -70,3 +70,10 @@ def test_methods_on_the_command_line() -> None:
     assert [m.name for m in together.methods] == ["knowledge-distillation", "admm-pruning"]
     with pytest.raises(ed.ConfigurationError, match="is not field=value"):
         parse_method_text("fit:epochs")
+
+
+def test_numbers_are_those_of_a_person() -> None:
+    method = parse_method_text("admm-pruning:constraint=2:4,rho=1e-3,epochs=1_0")
+    assert method.constraint == "2:4", "not 124 seconds"
+    assert method.rho == 0.001
+    assert method.epochs == 10

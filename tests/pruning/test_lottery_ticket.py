@@ -9,6 +9,7 @@ import torch
 
 import efficientdnns as ed
 from efficientdnns.models import build
+from efficientdnns.parts.reinitialise import reinitialised
 from efficientdnns.parts.select import layer_weights
 from efficientdnns.parts.sparsity_schedule import remaining
 from efficientdnns.pruning.lottery_ticket import (
@@ -16,7 +17,6 @@ from efficientdnns.pruning.lottery_ticket import (
     error_barrier,
     interpolated,
     next_masks,
-    reinitialised,
     shuffled,
 )
 from efficientdnns.session import Session

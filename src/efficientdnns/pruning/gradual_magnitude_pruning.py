@@ -23,7 +23,8 @@ class GradualMagnitudePruning(WeightOptions, TrainingMethod):
 
     Every ``frequency`` steps the smallest weights of each layer are masked, so many that its sparsity is exactly
 
-    .. math:: s_t = s_f + (s_i - s_f)\Big(1 - \frac{t - t_0}{n \Delta t}\Big)^3, \qquad t = t_0, t_0 + \Delta t, ..., t_0 + n \Delta t
+    .. math::
+        s_t = s_f + (s_i - s_f)\Big(1 - \frac{t - t_0}{n \Delta t}\Big)^3, \qquad t = t_0, t_0 + \Delta t, ..., t_0 + n \Delta t
 
     with :math:`s_f` = ``sparsity``, :math:`s_i` = ``initial_sparsity`` and the interval :math:`\Delta t` = ``frequency``.
     Masked weights are zero in the forward pass, get no update and do not come back. After the last pruning the network

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from efficientdnns.method import Need, Paper, Ratio
 from efficientdnns.parts.budgets import limits_of
 from efficientdnns.parts.criteria import weight_scores
+from efficientdnns.parts.reinitialise import reinitialised
 from efficientdnns.parts.select import by_pattern, largest_mask
 from efficientdnns.parts.sparse_budgets import trim
 from efficientdnns.parts.weight_pruning import EVERYTHING, WeightOptions, masks_of, share_evenly
@@ -29,7 +30,11 @@ Control = Literal["reinitialised", "random-mask"]
 
 
 def next_masks(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], fractions: Mapping[str, float], everywhere: bool, least: int = 0
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    fractions: Mapping[str, float],
+    everywhere: bool,
+    least: int = 0,
 ) -> Masks:
     """Masks without the smallest of the weights that are left: a share of each layer's, or of all together.
 
@@ -53,19 +58,6 @@ def shuffled(masks: Mapping[str, Tensor], generator: torch.Generator) -> Masks:
     """Masks with as many ones in each layer, in random places."""
     places = {name: torch.randperm(mask.numel(), generator=generator).to(mask.device) for name, mask in masks.items()}
     return {name: mask.flatten()[places[name]].view_as(mask) for name, mask in masks.items()}
-
-
-@torch.no_grad()
-def reinitialised(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose modules have drawn their initial weights anew."""
-    model = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in model.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-    return model
 
 
 @torch.no_grad()
@@ -180,13 +172,13 @@ class Tickets:
             session.train(epochs=method.epochs, seed=self.seed, until=method.rewind_steps, validate=False)
         self.early = copy.deepcopy(session.model)
         if method.instability_points:
-            twins = [self.train(copy.deepcopy(self.early), {}, seed=self.seed + 1 + n)[0] for n in range(2)]
+            one, other = (self.train(copy.deepcopy(self.early), {}, seed=self.seed + 1 + n)[0] for n in range(2))
             higher = session.task.metric.higher_is_better
 
             def error(model: nn.Module) -> float:
                 return -session.evaluate(model) if higher else session.evaluate(model)
 
-            session.report(instability=error_barrier(*twins, error, method.instability_points))
+            session.report(instability=error_barrier(one, other, error, method.instability_points))
         session.model, accuracy = self.train(session.model, {})
         return accuracy
 

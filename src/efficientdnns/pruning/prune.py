@@ -84,15 +84,30 @@ class PruneWeights(WeightOptions, Schedule):
     regrown: Share = 0.3
     """With regrowth by gradient or chance, the share of the kept weights that changes place at first; it falls to zero."""
 
+    @property
+    def solves(self) -> frozenset[str]:
+        return frozenset() if ":" in self.granularity else self.budgets
+
     def check(self, session: Session) -> None:
         super().check(session)
         if not self.epochs and (self.criterion in NEEDS_GRADIENTS or self.regrowth != "none"):
             what = f"criterion {self.criterion}" if self.criterion in NEEDS_GRADIENTS else f"regrowth {self.regrowth}"
             raise ConfigurationError(f"{self.name}: {what} works during training; write epochs=1 or more")
-        if ":" in self.granularity and (
-            self.model_fields_set & {"sparsity", "sparsities"} or session.solvers.get("params") is self
-        ):
-            raise ConfigurationError(f"{self.name}: {self.granularity} fixes what stays; leave out sparsity and budget")
+        if ":" in self.granularity:
+            n, m = map(int, self.granularity.split(":"))
+            if n >= m:
+                raise ConfigurationError(f"{self.name}: {self.granularity} keeps all; write fewer than {m}, as in 2:4")
+            if self.model_fields_set & {"sparsity", "sparsities"}:
+                raise ConfigurationError(f"{self.name}: {self.granularity} fixes what stays; leave out sparsity")
+        if self.granularity != "weights" and self.regrowth in ("gradient", "random"):
+            raise ConfigurationError(
+                f"{self.name}: regrowth {self.regrowth} moves single weights, which breaks {self.granularity}; "
+                "write regrowth=soft or granularity=weights"
+            )
+        if self.initial_sparsity > self.sparsity and ":" not in self.granularity:
+            raise ConfigurationError(
+                f"{self.name}: initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}; lower it"
+            )
 
     def callback(self, session: Session) -> Callback:
         return ScheduledMasks(
@@ -116,7 +131,7 @@ class PruneChannels(ChannelOptions, Schedule):
     name: ClassVar[str] = "prune-channels"
 
     criterion: ChannelCriterion = "l1"
-    """What scores a channel: norms of its weights, of its whole group, batch-norm scales, |g w|, distance to the others, chance."""
+    """What scores a channel: norms of its weights or its group, batch-norm scales, |g w|, distance to the others, chance."""
     granularity: Literal["channels", "heads"] = "channels"
     """'channels' are whatever can go (filters, neurons, heads); 'heads' leaves all but attention heads alone."""
     regrowth: Literal["none", "soft"] = "none"
@@ -129,7 +144,9 @@ class PruneChannels(ChannelOptions, Schedule):
         if self.granularity == "heads":
             groups = [group for group in groups if made_of_heads(session.model, group)]
             if not groups:
-                raise SurgeryError(f"{self.name}: {type(session.model).__name__} has no attention heads that can be removed")
+                raise SurgeryError(
+                    f"{self.name}: {type(session.model).__name__} has no attention heads that can be removed"
+                )
         return graph, groups
 
     def callback(self, session: Session) -> Callback:
@@ -159,7 +176,7 @@ class GradualChannels(ChannelCallback):
         super().setup(trainer)
         self.gone: dict[str, Tensor] = {group.name: torch.empty(0, dtype=torch.long) for group in self.groups}
         self.masks: dict[str, Tensor] = {}
-        self.first = round(self.method.begin * trainer.total_steps)
+        self.first = min(trainer.total_steps - 1, round(self.method.begin * trainer.total_steps))
         last = min(trainer.total_steps - 1, round(self.method.end * trainer.total_steps))
         self.prunings = max(0, last - self.first) // self.method.frequency
         self.final = self.kept
