@@ -1,8 +1,9 @@
 """What our training loop costs beside a hand-written one, and what each method adds to it: ratios measured in one run.
 
-    python benchmarks/training.py [--task mnist] [--steps 100] [--rounds 5] [--text]
+    python benchmarks/training.py [--model lenet5] [--task mnist] [--steps 100] [--rounds 5] [--kind pruning] [--text]
+    python benchmarks/training.py --model cifar-resnet20 --task cifar10 --steps 20
 
-Every arm trains LeNet-5 on the same tensors (with ``--text`` a character LSTM on tinyshakespeare); the arms take turns,
+Every arm trains the network on the same tensors (with ``--text`` a character LSTM on tinyshakespeare); the arms take turns,
 round after round, and the table shows the median over rounds of each arm's time divided by the time of its reference in
 the same round.
 """
@@ -34,12 +35,12 @@ FIELDS: dict[str, dict[str, float]] = {
 gradient compression (which sends up to a quarter of all entries) are left out: their share is a matter of length."""
 
 
-def by_hand(task: ed.Task) -> Callable[[], float]:
+def by_hand(task: ed.Task, name: str) -> Callable[[], float]:
     """A plain PyTorch loop over tensors."""
 
     def run() -> float:
         torch.manual_seed(0)
-        model = ed.models.build("lenet5").train()
+        model = ed.models.build(name).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
         inputs, targets = task.train.inputs, task.train.targets
         started = time.perf_counter()
@@ -75,14 +76,16 @@ def ours(task: ed.Task, method: TrainingMethod, name: str = "lenet5") -> Callabl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="lenet5")
     parser.add_argument("--task", default="mnist")
+    parser.add_argument("--kind", choices=ed.method.KINDS, help="only methods of this kind")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--text", action="store_true", help="time the LSTM")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    network = "char-lstm" if options.text else "lenet5"
+    network = "char-lstm" if options.text else options.model
     name = "tinyshakespeare" if options.text else options.task
     task = ed.Task.from_name(name, limit=int(options.steps * BATCH / 0.9) + 1, evaluation_limit=100)
     arms: dict[str, Callable[[], float]] = {"fit": ours(task, ed.Fit(epochs=1), network)}
@@ -91,11 +94,12 @@ def main() -> None:
             coding = ed.AlternatingMultibitQuantization(activation_bits=bits, epochs=1, learning_rate=0.1)
             arms[f"{coding.name}, {'states too' if bits else 'weights'}"] = ours(task, coding, network)
     else:
-        arms["by hand"] = by_hand(task)
-        for method in ed.methods():
+        arms["by hand"] = by_hand(task, network)
+        for method in ed.methods(options.kind):
             if issubclass(method, TrainingMethod) and method.apply is TrainingMethod.apply:
-                arms[method.name] = ours(task, method(**{"epochs": 1, **FIELDS.get(method.name, {})}))
-        arms["int8-quantization (qat)"] = ours(task, ed.Int8Quantization(mode="qat", epochs=1))
+                arms[method.name] = ours(task, method(**{"epochs": 1, **FIELDS.get(method.name, {})}), network)
+        if options.kind in (None, "quantization"):
+            arms["int8-quantization (qat)"] = ours(task, ed.Int8Quantization(mode="qat", epochs=1), network)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(options.rounds):
         for name, run in arms.items():

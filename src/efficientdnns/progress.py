@@ -74,7 +74,7 @@ class Progress:
         if self.quiet or self.console.is_terminal:
             return
         left = entry["seconds"] * (epochs - entry["epoch"])
-        skipped = ("run", "epoch", "seconds", "split", "learning_rate")
+        skipped = ("run", "epoch", "seconds", "split", "learning_rate", "steps", "step_seconds")
         values = " · ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in skipped)
         self.console.print(
             f"{entry['run']}: epoch {entry['epoch']}/{epochs} · {values} · eta {left:.0f} s", highlight=False
