@@ -171,3 +171,15 @@ def test_the_real_mnist(data_folder: Path) -> None:
     assert (len(task.train), len(task.evaluation), task.calibration) == (60_000, 10_000, None)  # type: ignore[arg-type]
     assert abs(task.train.inputs.mean()) < 1e-3
     assert abs(task.train.inputs.std() - 1) < 1e-3
+
+
+def test_training_images_of_mnist_move_over_their_own_background(data_folder) -> None:
+    plain, moved = named_source("mnist", limit=64), named_source("mnist", limit=64, shift=2)
+    still = next(iter(plain.train.batches(64))).inputs
+    again = next(iter(moved.train.batches(64, augment=True))).inputs
+    assert not torch.equal(still, again)
+    assert again.min() == still.min(), "the border is background, not the mean"
+    assert torch.equal(next(iter(moved.train.batches(64))).inputs, still)
+    assert moved.evaluation.augment is None
+    with pytest.raises(ConfigurationError, match="expected 0 to 8 pixels"):
+        named_source("mnist", shift=20)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from efficientdnns.data.split import Augment
 
 
-def random_crop(padding: int) -> Augment:
-    """Zero-pad images (B, C, H, W) by ``padding`` pixels on each side and cut H x W windows at independent offsets.
+def random_crop(padding: int, value: float = 0.0) -> Augment:
+    """Pad images (B, C, H, W) with ``value`` by ``padding`` pixels on each side and cut H x W windows at independent offsets.
 
     The offsets are drawn as one ``randint(0, 2 * padding + 1, (2, B))``: rows first, then columns.
     """
@@ -20,7 +20,7 @@ def random_crop(padding: int) -> Augment:
     def crop(images: Tensor, generator: torch.Generator) -> Tensor:
         count, _, height, width = images.shape
         dy, dx = torch.randint(0, 2 * padding + 1, (2, count), generator=generator).to(images.device)
-        windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+        windows = F.pad(images, (padding,) * 4, value=value).unfold(2, height, 1).unfold(3, width, 1)
         return windows[torch.arange(count, device=images.device), :, dy, dx]
 
     return crop

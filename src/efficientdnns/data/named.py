@@ -35,12 +35,21 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 
 
-def named_source(name: str, *, limit: int | None = None, evaluation_limit: int | None = None, **options: Any) -> Source:
+def named_source(
+    name: str,
+    *,
+    limit: int | None = None,
+    evaluation_limit: int | None = None,
+    reconstruct: bool = False,
+    **options: Any,
+) -> Source:
     """The named data set.
 
     ``limit`` keeps the first samples of the training data (before a calibration split is cut out of it) and
-    ``evaluation_limit`` those of the evaluation data, for smoke runs. Other options: ``size`` (``digits``: 8 to 32
-    pixels), ``augment`` (``cifar10``: false leaves out crops and flips) and ``length`` (``tinyshakespeare``: window).
+    ``evaluation_limit`` those of the evaluation data, for smoke runs. ``reconstruct`` makes it a regression of the
+    flattened inputs, scaled to [0, 1], in place of the labels: a task for autoencoders. Other options: ``size``
+    (``digits``: 8 to 32 pixels), ``shift`` (``mnist``, ``fashion-mnist``: training images move by up to so many pixels),
+    ``augment`` (``cifar10``: false leaves out crops and flips) and ``length`` (``tinyshakespeare``: window).
     Raises `DataError` for an unknown name or missing data, `ConfigurationError` for an unknown option.
     """
     if name not in _READERS:
@@ -48,6 +57,7 @@ def named_source(name: str, *, limit: int | None = None, evaluation_limit: int |
     reader = _READERS[name]
     check_options(f"data set '{name}'", options, reader, named_source)
     source = reader(**options)
+    source = _reconstruction(source) if reconstruct else source
     return replace(source, train=_first(source.train, limit), evaluation=_first(source.evaluation, evaluation_limit))
 
 
@@ -84,12 +94,12 @@ def _digits(size: int = 28) -> Source:
     )
 
 
-def _mnist() -> Source:
-    return _idx_source("mnist", "MNIST", 0.1307, 0.3081)
+def _mnist(shift: int = 0) -> Source:
+    return _idx_source("mnist", "MNIST", 0.1307, 0.3081, shift)
 
 
-def _fashion_mnist() -> Source:
-    return _idx_source("fashion-mnist", "FashionMNIST", 0.2860, 0.3530)
+def _fashion_mnist(shift: int = 0) -> Source:
+    return _idx_source("fashion-mnist", "FashionMNIST", 0.2860, 0.3530, shift)
 
 
 def _cifar10(augment: bool = True) -> Source:
@@ -128,7 +138,9 @@ _READERS: dict[str, Callable[..., Source]] = {
 }
 
 
-def _idx_source(name: str, torchvision_name: str, mean: float, std: float) -> Source:
+def _idx_source(name: str, torchvision_name: str, mean: float, std: float, shift: int) -> Source:
+    if not 0 <= shift <= 8:
+        raise ConfigurationError(f"shift is {shift}, expected 0 to 8 pixels for {name}")
     folders = data_folders(name)
     folders += [folder.parent / torchvision_name / "raw" for folder in folders]
     folders += [Path(prefix) / "share" / "datasets" / name for prefix in (sys.prefix, "/usr/local", "/usr")]
@@ -144,7 +156,8 @@ def _idx_source(name: str, torchvision_name: str, mean: float, std: float) -> So
 
     def split(part: str, images: np.ndarray, labels: np.ndarray) -> TensorSplit:
         pixels = torch.from_numpy(images).unsqueeze(1).float().div_(255).sub_(mean).div_(std)
-        return TensorSplit(pixels, labels, name=part)
+        change = random_crop(shift, -mean / std) if part == "train" and shift else None
+        return TensorSplit(pixels, labels, name=part, augment=change)
 
     train_images, train_labels, test_images, test_labels = (read_idx(path) for path in _idx_files(found))
     train, test = split("train", train_images, train_labels), split("test", test_images, test_labels)
@@ -204,6 +217,23 @@ def _download_cifar10(folders: list[Path]) -> Path:
     except (ImportError, OSError, RuntimeError) as error:
         raise _absent("cifar10", layout, _reason(error)) from None
     return cache_folder() / "cifar-10-batches-bin"
+
+
+def _reconstruction(source: Source) -> Source:
+    """The same inputs, scaled to [0, 1] by the training data's range, as targets of themselves."""
+    train, test = source.train, source.evaluation
+    both = (train, test)
+    if not all(isinstance(s, TensorSplit) and s.prepare is None and s.inputs.is_floating_point() for s in both):
+        raise ConfigurationError(f"reconstruct is for images of numbers, such as mnist; leave it out for {source.name}")
+    assert isinstance(train, TensorSplit)
+    assert isinstance(test, TensorSplit)
+    low, high = float(train.inputs.min()), float(train.inputs.max())
+
+    def scaled(split: TensorSplit) -> TensorSplit:
+        pixels = ((split.inputs - low) / (high - low)).clamp(0.0, 1.0)
+        return TensorSplit(pixels, pixels.flatten(1), name=split.name)
+
+    return replace(source, train=scaled(train), evaluation=scaled(test), kind="regression", num_classes=None)
 
 
 def _first(split: Split, limit: int | None) -> Split:

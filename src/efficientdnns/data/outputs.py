@@ -10,6 +10,14 @@ from torch import Tensor
 from efficientdnns.data.embedding import embeddings
 
 
+def class_logits(kind: str, outputs: Any) -> Any:
+    """Logits with the classes last, (..., C), of what `read` gives: without the auxiliary output that a segmentation
+    network has while it is trained."""
+    if kind != "segmentation":
+        return outputs
+    return (outputs["out"] if isinstance(outputs, Mapping) else outputs).movedim(1, -1)
+
+
 def read(kind: str, outputs: Any, inputs: Any, training: bool) -> Any:
     """The part of ``outputs`` that loss and metric of a task of this ``kind`` take.
 
