@@ -1,9 +1,10 @@
-"""What one-shot compression costs as networks grow: seconds, and peak memory as a multiple of the network.
+"""What one-shot compression costs as networks grow: processor time, and peak memory as a multiple of the network.
 
     python benchmarks/scaling.py [--sizes 1m 10m 50m 100m 300m] [--billion] [--methods int8-static ...] [--svg FILE]
 
 The networks are generated transformers. Every row is a fresh process: it imports everything and compresses a tiny network
-first; what the process takes then is the baseline. Peak memory is the highest resident set (anonymous and file pages,
+first; what the process takes then is the baseline. Seconds are those that the process computed, which what else the machine
+does changes little. Peak memory is the highest resident set (anonymous and file pages,
 ``VmHWM``) above the baseline, divided by the bytes of the network's parameters; the network itself, which the caller
 holds, is the first 1.0 of it. Linux only.
 """
@@ -56,6 +57,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "int8-dynamic": lambda: ed.Int8Quantization(mode="dynamic"),
     "multibit-2": lambda: ed.AlternatingMultibitQuantization(weight_bits=2, epochs=0),
     "tucker-quarter": lambda: ed.TuckerDecomposition(ranks=0.25, finetune_epochs=0),
+    "nisp": lambda: ed.NISP(samples=4),
     "magnitude-surgery": MagnitudeSurgery,
 }
 
@@ -76,14 +78,14 @@ def resident(field: str = "VmRSS") -> int:
 
 
 class Phases:
-    """Seconds and peak memory of each phase. Phases nest: an inner one interrupts the outer one."""
+    """Processor seconds and peak memory of each phase. Phases nest: an inner one interrupts the outer one."""
 
     def __init__(self) -> None:
         self.baseline = resident()
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._open: list[str] = []
-        self._since = time.perf_counter()
+        self._since = time.process_time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -96,7 +98,7 @@ class Phases:
             self._open.pop()
 
     def _cut(self) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         if self._open:
             name = self._open[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
@@ -168,8 +170,10 @@ def fresh(size: str, method: str, *, mapped: bool = False, threads: int = 1, tim
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """Peak memory as a multiple of the network, and seconds, by phase."""
-    table = Table(title="peak memory above the baseline / bytes of the network (seconds)", title_justify="left")
+    """Peak memory as a multiple of the network, and processor seconds, by phase."""
+    table = Table(
+        title="peak memory above the baseline / bytes of the network (processor seconds)", title_justify="left"
+    )
     for heading in ("network", "parameters", "method", *PHASES, "all", "largest layer", "file"):
         table.add_column(heading, justify="left" if heading in ("network", "method") else "right")
     for row in rows:
@@ -195,7 +199,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     x_low, x_high = (math.log10(f(row["parameters"] for row in good)) for f in (min, max))
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("peak memory / network", lambda row: max(row["peaks"].values()) / row["bytes"]),
-        ("seconds (log)", lambda row: math.log10(sum(row["seconds"].values()))),
+        ("processor seconds (log)", lambda row: math.log10(sum(row["seconds"].values()))),
     ]
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="330" font-family="sans-serif" font-size="11">'

@@ -20,7 +20,9 @@ from efficientdnns.measurement.profile import Profile, profile_many
 from efficientdnns.measurement.runtimes import runtime_name
 from efficientdnns.method import Method, Together, TrainingMethod
 from efficientdnns.models import check_fits
+from efficientdnns.parts.budgets import CONFIRMATIONS
 from efficientdnns.progress import Progress
+from efficientdnns.recipe import Recipe
 from efficientdnns.result import MethodRecord, Report, Result, describe_structure
 from efficientdnns.session import Session
 from efficientdnns.storage import share, trim
@@ -98,7 +100,10 @@ def compress(
     session.model.to(session.device)
 
     records = _run(session, steps)
-    return _measured(session, records, latency=latency, threads=threads, runtimes=runtimes)
+    result = _measured(session, records, latency=latency, threads=threads, runtimes=runtimes)
+    named = {"model": {"name": result.report.model}, "task": {"name": task.name}}
+    result.report.recipe = Recipe(**named, methods=steps, training=settings, budget=budget, seed=seed).as_data()
+    return result
 
 
 def _run(session: Session, steps: Sequence[Method]) -> list[MethodRecord]:
@@ -195,7 +200,7 @@ def _timed_again(session: Session) -> tuple[float, float] | None:
     """Milliseconds before and after in the runtime of a latency budget, timed as the search for it did."""
     if session.budget.latency is None:
         return None
-    after = session.latency(session.model)
+    after = session.latency(session.model, times=CONFIRMATIONS)
     assert session.original_latency is not None
     return session.original_latency, after
 
@@ -203,14 +208,14 @@ def _timed_again(session: Session) -> tuple[float, float] | None:
 def check(session: Session, steps: Sequence[Method]) -> None:
     """Everything that can be known to be wrong before work starts, raised as one line."""
     members = [m for step in steps for m in (step.methods if isinstance(step, Together) else (step,))]
-    solvable = {name for member in members for name in member.budgets}
+    solvable = {name for member in members for name in member.solves}
     for name in session.budget.limits():
         if name not in solvable:
             able = ", ".join(sorted(member.name for member in members)) or "no method"
             raise ConfigurationError(
                 f"budget '{name}' cannot be solved for by {able}; choose a method with that budget or drop it"
             )
-    session.solvers = {name: member for member in members for name in member.budgets}
+    session.solvers = {name: member for member in members for name in member.solves}
     check_fits(session.model, session.task)
     describe_structure(session.model, session.original)
     for step in steps:

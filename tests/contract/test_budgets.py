@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 import efficientdnns as ed
 from efficientdnns.measurement.macs import count_macs
@@ -20,9 +21,15 @@ def ident(method: type[ed.Method]) -> str:
 
 
 def compress(model, task, method, budget, **options):
-    return ed.compress(
-        model, task, [method(**method.contract_fields)], budget=budget, quiet=True, latency=False, **options
-    )
+    return compress_with(model, task, method(**method.contract_fields), budget, **options)
+
+
+def compress_with(model, task, method, budget, **options):
+    return ed.compress(model, task, [method], budget=budget, quiet=True, latency=False, **options)
+
+
+def solves(method: type[ed.Method]) -> frozenset[str]:
+    return method(**method.contract_fields).solves
 
 
 def assert_used_up(result) -> None:
@@ -33,7 +40,7 @@ def assert_used_up(result) -> None:
 
 @pytest.mark.parametrize("method", SOLVERS, ids=ident)
 def test_meets_its_limits_together_and_uses_them_up(method, trained, digits, tmp_path) -> None:
-    budget = ",".join(f"{name}={share}" for name, share in SIZES.items() if name in method.budgets)
+    budget = ",".join(f"{name}={share}" for name, share in SIZES.items() if name in solves(method))
     result = compress(trained, digits, method, budget)
     assert_used_up(result)
     assert result.report.methods[0].findings["budget"].keys() == {line.name for line in result.budget}
@@ -46,7 +53,7 @@ def clock(monkeypatch):
     """Latency by a clock that runs with the multiply-accumulates; it sees every network that is timed."""
     seen: list[float] = []
 
-    def latency(session: Session, model) -> float:
+    def latency(session: Session, model, times=1) -> float:
         def of(network) -> float:
             return 0.1 + 1e-6 * count_macs(network, session.task.example_input).total
 
@@ -58,7 +65,7 @@ def clock(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("method", [m for m in SOLVERS if "latency" in m.budgets], ids=ident)
+@pytest.mark.parametrize("method", [m for m in SOLVERS if "latency" in solves(m)], ids=ident)
 def test_meets_a_latency_by_measuring_candidates(method, trained, digits, clock) -> None:
     assert_used_up(compress(trained, digits, method, "latency=0.6"))
     assert len(clock) > 3
@@ -72,7 +79,7 @@ def test_unreachable_limits_are_refused_before_training_with_what_is_reachable(
         raise AssertionError("trained for a budget that is out of reach")
 
     monkeypatch.setattr(Trainer, "fit", train)
-    limits = sorted(method.budgets & SIZES.keys())
+    limits = sorted(solves(method) & SIZES.keys())
     message = f"{limits[0]}=.* cannot be met: .*the least that is reachable"
     with pytest.raises(ed.BudgetError, match=message) as error:
         compress(trained, digits, method, ",".join(f"{name}=1e-6" for name in limits))
@@ -95,6 +102,26 @@ def test_the_last_method_that_can_meets_a_limit(trained, digits) -> None:
     nisp, admm = (record.findings["budget"].keys() for record in result.report.methods)
     assert (nisp, admm) == ({"macs"}, {"bytes"})
     assert all(line.got > 0.95 * line.asked for line in result.budget)
+
+
+ROUNDING = [m for m in SOLVERS if "round_to" in m.model_fields and "macs" in solves(m)]
+
+
+@pytest.mark.parametrize("method", ROUNDING, ids=ident)
+@pytest.mark.parametrize("budget", [None, "macs=0.6"])
+def test_keeps_multiples_of_channels_or_everything(method, budget, trained, digits) -> None:
+    step = method(**method.contract_fields, round_to=4)
+    result = compress_with(trained, digits, step, budget)
+    for name, before in trained.named_modules():
+        if isinstance(before, nn.Conv2d | nn.Linear):
+            after = result.model.get_submodule(name)
+            for side in ("out_channels", "in_channels", "out_features", "in_features"):
+                if hasattr(before, side):
+                    width, whole = getattr(after, side), getattr(before, side)
+                    assert width == whole or width % 4 == 0, (name, side, width)
+    if budget is not None:
+        # Four channels of the second convolution are 6 % of the multiply-accumulates.
+        assert 0.9 < result.budget[0].got / result.budget[0].asked <= 1
 
 
 @pytest.mark.parametrize("method", SOLVERS, ids=ident)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import efficientdnns as ed
-from efficientdnns.budget import Budget, most
+from efficientdnns.budget import Budget, blocks, fill, most
 from efficientdnns.parts.budgets import check_patterns, costs, limits_of, meet, targets_of
 from efficientdnns.parts.sparse_budgets import coded_size, trim
 from efficientdnns.session import Session
@@ -59,11 +59,11 @@ def test_a_later_solver_takes_the_limit_over() -> None:
 def test_a_plan_is_kept_for_the_resumed_run(tmp_path, monkeypatch) -> None:
     pace = [1.0]
 
-    def latency(self, model) -> float:
+    def latency(self, model, times=1) -> float:
         return pace[0] * model[0].out_features
 
     monkeypatch.setattr(Session, "latency", latency)
-    assert solved(session_with("latency=0.5", directory=tmp_path)) == 14  # aimed at 98 %
+    assert solved(session_with("latency=0.5", directory=tmp_path)) == 14  # aimed at 99 %
     pace[0] = 3.0
     resumed = session_with("latency=0.5", directory=tmp_path)
     resumed.original[0].out_features = 10  # a machine on which everything else is different
@@ -77,7 +77,7 @@ def test_a_plan_is_kept_for_the_resumed_run(tmp_path, monkeypatch) -> None:
 def test_a_timed_plan_is_confirmed(monkeypatch) -> None:
     calls: list[int] = []
 
-    def latency(self, model) -> float:
+    def latency(self, model, times=1) -> float:
         width = model[0].out_features
         calls.append(width)
         # Lucky the first time, 10 % slower whenever it is timed again.
@@ -89,9 +89,51 @@ def test_a_timed_plan_is_confirmed(monkeypatch) -> None:
     assert calls.count(width) > 1
 
 
+@pytest.mark.parametrize("share", [0.3, 0.55, 0.6, 0.8])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_a_latency_in_steps_is_used_up_to_one_more_unit_of_any_group(share, noise, monkeypatch) -> None:
+    full = {"a": 64, "b": 50, "c": 100}
+    random = torch.Generator().manual_seed(0)
+
+    def milliseconds(plan) -> float:
+        """Kernels that work on blocks of 16 channels, and what never gets less."""
+        blocks = {name: -(-kept // 16) for name, kept in plan.items()}
+        return 1 + blocks["a"] + blocks["a"] * blocks["b"] + 0.1 * blocks["b"] * blocks["c"]
+
+    class Timed(nn.Module):
+        def __init__(self, plan) -> None:
+            super().__init__()
+            self.plan = dict(plan)
+
+    def latency(self, model, times=1) -> float:
+        plan = model.plan if isinstance(model, Timed) else full
+        timings = 1 + noise * torch.randn(times, generator=random)
+        return milliseconds(plan) * float(timings.median())
+
+    monkeypatch.setattr(Session, "latency", latency)
+    keys = {name: [(n + 1) / size for n in range(size)] for name, size in full.items()}
+    offered = [block for name in full for block in blocks(name, keys[name])]
+    least = dict.fromkeys(full, 1)
+    session = session_with(f"latency={share}")
+    plan = meet(
+        session,
+        ed.NISP(),
+        propose=lambda fits, enough: fill(least, offered, fits, enough),
+        estimate=lambda plan: {"latency": plan["a"] * 9 + plan["a"] * plan["b"] * 9 + plan["b"] * plan["c"]},
+        build=Timed,
+        least=least,
+        full=full,
+    )
+    target = share * milliseconds(full)
+    assert milliseconds(plan) <= target * (1 + 3 * noise)
+    if not noise:
+        more = [{**plan, name: plan[name] + 1} for name in full if plan[name] < full[name]]
+        assert milliseconds(plan) >= 0.98 * target or all(milliseconds(one) > 0.99 * target for one in more)
+
+
 def test_an_unreachable_latency_says_what_is_reachable(monkeypatch) -> None:
-    monkeypatch.setattr(Session, "latency", lambda self, model: 5.0 + model[0].out_features)
-    with pytest.raises(ed.BudgetError, match=r"latency=3\.43 cannot be met: 6 is the least that is reachable"):
+    monkeypatch.setattr(Session, "latency", lambda self, model, times=1: 5.0 + model[0].out_features)
+    with pytest.raises(ed.BudgetError, match=r"latency=3\.5 cannot be met: 6 is the least that is reachable"):
         solved(session_with("latency=0.1"))
 
 

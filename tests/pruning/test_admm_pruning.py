@@ -13,7 +13,8 @@ from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.models import build
 from efficientdnns.parts.project import LargestEntries, LargestInGroups, LargestRows, Levels
 from efficientdnns.parts.select import layer_weights
-from efficientdnns.pruning.admm_pruning import ADMM, ADMMPruning, project_and_update, sparse_macs
+from efficientdnns.parts.sparse_budgets import sparse_macs
+from efficientdnns.pruning.admm_pruning import ADMM, ADMMPruning, project_and_update
 from efficientdnns.session import Session
 from efficientdnns.training import Callback
 
@@ -167,6 +168,30 @@ def test_filters_are_really_removed(trained, digits) -> None:
     assert session.evaluate() == pytest.approx(history[-1]["accuracy"])
 
 
+@pytest.mark.parametrize("budget", ["macs=0.5", "params=0.4", "bytes=0.5", "macs=0.6,bytes=0.3"])
+def test_budgets_say_how_many_filters_stay(trained, digits, budget) -> None:
+    method = ADMMPruning(epochs=1, retrain_epochs=1, constraint="filters", **QUICK)
+    result = compress(trained, digits, [method], budget=budget)
+    assert all(line.met for line in result.budget)
+    # One filter of conv1 is 4 % of the multiply-accumulates.
+    assert max(line.got / line.asked for line in result.budget) > 0.96
+    assert result.model.conv2.weight.all(), "filters are removed, not zeroed"
+
+
+def test_filters_are_left_in_multiples(trained, digits) -> None:
+    for fields, budget in (({"sparsity": 0.45}, None), ({}, "macs=0.6")):
+        method = ADMMPruning(epochs=1, retrain_epochs=0, constraint="filters", round_to=4, **fields, **QUICK)
+        model = compress(trained, digits, [method], budget=budget).model
+        assert model.conv1.out_channels % 4 == model.conv2.out_channels % 4 == 0
+        assert 4 <= model.conv1.out_channels < 20
+        assert 4 <= model.conv2.out_channels < 50
+
+
+def test_zeros_do_not_buy_latency(trained, digits) -> None:
+    with pytest.raises(ed.ConfigurationError, match="'latency' cannot be solved for"):
+        compress(trained, digits, [ADMMPruning(**QUICK)], budget="latency=0.5")
+
+
 def test_n_of_m(trained, digits) -> None:
     result = compress(trained, digits, [ADMMPruning(epochs=1, retrain_epochs=1, constraint="2:4", **QUICK)])
     for name in ("conv2.weight", "fc1.weight", "fc2.weight"):
@@ -190,7 +215,8 @@ def test_theoretical_macs_count_non_zero_weights() -> None:
         ({"sparsity": 0.5, "keep": {"fc1": 0.5}}, "give one of them"),
         ({"keep": {"fc9": 0.5}}, "no layer is called 'fc9'"),
         ({"constraint": "2:4", "sparsity": 0.5}, "fixes what stays"),
-        ({"constraint": "filters"}, "needs sparsity or keep"),
+        ({"constraint": "filters"}, "must know what stays"),
+        ({"round_to": 8, "sparsity": 0.5}, "round_to is for filters"),
     ],
 )
 def test_fields_that_do_not_go_together(trained, digits, fields, message) -> None:

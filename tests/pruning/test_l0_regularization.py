@@ -12,7 +12,8 @@ import efficientdnns as ed
 from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.models import build
 from efficientdnns.parts.gate import HardConcrete
-from efficientdnns.pruning.l0_regularization import L0, Gated, L0Regularization, expected_l0, l0_penalty
+from efficientdnns.parts.gated import Gated
+from efficientdnns.pruning.l0_regularization import L0, L0Regularization, expected_l0, l0_penalty
 from efficientdnns.session import Session
 from efficientdnns.training import Callback
 
@@ -197,6 +198,23 @@ def test_expected_flops_follow_the_formula_of_the_paper(digits) -> None:
     for inputs, outputs in ((800, 500), (500, 10)):
         flops += (2 * p * inputs - 1) * outputs + outputs
     assert session.findings["fit"]["expected_flops"] == pytest.approx(flops, rel=1e-3)
+
+
+def test_gates_are_left_in_multiples_and_those_that_are_added_stay_open(digits) -> None:
+    torch.manual_seed(0)
+    model = build("lenet5")
+    method = L0Regularization(epochs=1, strength=1.0, ema_decay=0, round_to=8)
+    session = Session(model, digits, copy.deepcopy(model))
+    trainer, callback = session_trainer(session), method.callback(session)
+    callback.setup(trainer)
+    with torch.no_grad():
+        for item in callback.layers:
+            item.gate.log_alpha.fill_(2.0 if item.name == "fc1" else -4.0)
+            item.gate.log_alpha[torch.randperm(len(item.gate.log_alpha))[:11]] = 2.0
+    callback.finish(trainer)
+    small = trainer.model
+    assert (small.conv1.out_channels, small.conv2.out_channels, small.fc1.out_features) == (16, 16, 16)
+    assert small.conv1.weight.flatten(1).abs().amax(1).min() > 0, "rounding up keeps no dead filters"
 
 
 def test_unknown_layer(trained, digits) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import efficientdnns as ed
+from efficientdnns.models import build
 from efficientdnns.pruning.nisp import final_layer, infinite_feature_selection, propagate, spearman
 from efficientdnns.surgery import ChannelGraph
 
@@ -200,3 +201,27 @@ def test_prunes_residual_networks_and_keeps_them_exact() -> None:
     assert result.after.macs < 0.75 * result.before.macs
     with pytest.raises(ed.BudgetError, match="cannot be met"):
         ed.compress(model, task, [ed.NISP(samples=6)], budget="macs=100", quiet=True, latency=False)
+
+
+def test_a_networks_own_precision_does_not_matter_and_no_gradients_are_left() -> None:
+    torch.manual_seed(0)
+    model = build("lenet5").eval()
+    example = torch.zeros(1, 1, 28, 28)
+    graph = ChannelGraph.trace(model, example)
+    final = torch.rand(500)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    single = propagate(model.train(), example, graph, graph.groups, final, final_layer(model, graph))
+    assert model.training
+    assert all(p.dtype == torch.float32 and p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    wide = propagate(model.double(), example, graph, graph.groups, final, final_layer(model, graph))
+    assert all(torch.equal(single[name], wide[name]) for name in wide)
+
+
+def test_importance_reaches_a_transformer_through_its_embeddings_and_attention() -> None:
+    torch.manual_seed(0)
+    model = build("transformer", vocabulary=16, width=16, depth=2, heads=2, context=8)
+    example = torch.randint(0, 16, (1, 8))
+    graph = ChannelGraph.trace(model, example)
+    scores = propagate(model, example, graph, graph.groups, torch.rand(16), final_layer(model, graph))
+    assert all(score.min() > 0 for score in scores.values()), scores.keys()

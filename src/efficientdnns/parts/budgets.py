@@ -17,7 +17,7 @@ from torch import nn
 
 from efficientdnns.budget import Costs, Plan, Propose, require, solve
 from efficientdnns.coding import weights_size
-from efficientdnns.errors import ConfigurationError, suggest
+from efficientdnns.errors import BudgetError, ConfigurationError, suggest
 from efficientdnns.measurement.macs import count_macs
 from efficientdnns.measurement.size import nonzero_parameters
 
@@ -25,15 +25,19 @@ if TYPE_CHECKING:
     from efficientdnns.method import Method
     from efficientdnns.session import Session
 
-MARGINS = {"bytes": 0.995, "latency": 0.98}
+MARGINS = {"bytes": 0.995, "latency": 0.99}
 """Shares of a limit that are aimed at: later training changes how floats are coded, and timing is noisy."""
 CONFIRMATIONS = 3
-"""Times that a network within a latency limit is measured again before it is believed."""
+"""Timings whose median is believed: of the network that is handed over, and of all that are near the limit."""
+CLOSE = 0.05
+"""Timed networks within this share of what is aimed at are timed again, for one timing is not that exact."""
+TIMED_PLANS = 24
+"""Plans that are timed beyond the first dozen where that ends more than 2 % below the limit."""
 
 
 def limits_of(session: Session, method: Method) -> list[str]:
     """The limits of the run that this method has to meet: those that it can and that no later method will."""
-    names = [name for name in session.budget.limits() if name in method.budgets]
+    names = [name for name in session.budget.limits() if name in method.solves]
     return [name for name in names if session.solvers.get(name, method) is method]
 
 
@@ -87,11 +91,15 @@ def meet(
 
     The plan is kept beside the checkpoints, for a timed decision cannot be repeated exactly when a run is resumed.
 
+    Latency is met as measured: at the end the median of three fresh timings is at most the limit, and 2 % below it at most
+    unless the next step of any group is too much. Whoever times the result again gets another figure: on an idle machine
+    by 1 or 2 %, on a busy one by 5 % and more, in either direction.
+
     Args:
         session: the run.
         method: whose limits.
         propose: searches the plans (`efficientdnns.budget.fill`, `efficientdnns.budget.most`).
-        estimate: cheap costs of a plan for every limit of ``method.budgets``.
+        estimate: cheap costs of a plan for every limit of ``method.solves``.
         build: the network of a plan.
         least: the smallest plan.
         full: the plan that keeps everything.
@@ -107,18 +115,31 @@ def meet(
     targets = targets_of(session, method)
     aims = {name: target * margins.get(name, 1.0) for name, target in targets.items()}
 
-    def measured(plan: Plan) -> Costs:
-        network = build(plan)
-        return costs(session, network, list(targets)) if measure is None else measure(network, list(targets))
+    memory: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
 
-    for _ in range(CONFIRMATIONS):
-        plan, got = solve(aims, propose, estimate, measured, least, full)
+    def measured(plan: Plan) -> Costs:
+        key = tuple(sorted(plan.items()))
+        if key not in memory:
+            network = build(plan)
+            got = dict(costs(session, network, list(targets)) if measure is None else measure(network, list(targets)))
+            if "latency" in got and abs(got["latency"] / aims["latency"] - 1) < CLOSE:
+                got["latency"] = session.latency(network, times=CONFIRMATIONS)
+            memory[key] = got
+        return memory[key]
+
+    timed = TIMED_PLANS if "latency" in targets else 0
+    for _ in range(1 + CONFIRMATIONS):
+        try:
+            plan, got = solve(aims, propose, estimate, measured, least, full, refinements=timed)
+        except BudgetError:  # the margin may be what is out of reach
+            plan, got = least, measured(least)
+            require(got, targets)
         if "latency" not in targets or plan == least:
             break
-        again = session.latency(build(plan))
+        again = session.latency(build(plan), times=CONFIRMATIONS)
+        memory[tuple(sorted(plan.items()))]["latency"] = again  # of several timed plans the lucky one was chosen
         if again <= targets["latency"]:
             break
-        aims["latency"] *= min(0.99, got["latency"] / again)
     session.report(budget={name: {"asked": target, "planned": got[name]} for name, target in targets.items()})
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

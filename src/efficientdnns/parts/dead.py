@@ -8,25 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efficientdnns.budget import widths
+from efficientdnns.parts.select import largest_mask
 from efficientdnns.surgery import ChannelGraph, Group, absorb_constants, narrow_input, remove, zero_contributions
 
 
-def remove_dead_channels(model: nn.Module, example_inputs: Any) -> nn.Module:
+def remove_dead_channels(model: nn.Module, example_inputs: Any, round_to: int = 1) -> nn.Module:
     """Remove every channel that contributes nothing, and then those that fed only such channels.
 
     A channel is dead if all weights that read it are zero, or if all weights and biases that make it are zero and the
     network gives the same outputs without it (it does not where an activation turns 0 into something else). At least
     one channel of every group stays. Channels that a layer norm averages over stay: without a zero its statistics
-    are others.
+    are others. With ``round_to`` every group keeps a multiple of it or everything, dead ones among it.
 
     Returns:
         A new network with the same outputs, or ``model`` itself where nothing is dead.
     """
     while True:
         graph = ChannelGraph.trace(model, example_inputs)
-        selection = {
-            group.name: units for group in graph.groups if len(units := _dead(model, group, graph, example_inputs))
-        }
+        dead = {group.name: _dead(model, group, graph, example_inputs) for group in graph.groups}
+        gone = {g.name: g.size - _rounded(g.size - len(dead[g.name]), g.size, round_to) for g in graph.groups}
+        selection = {name: units[: gone[name]] for name, units in dead.items() if gone[name]}
         if not selection:
             return model
         model = remove(model, example_inputs, selection, graph)
@@ -49,21 +51,25 @@ def remove_constant_channels(model: nn.Module, example_inputs: Any) -> nn.Module
     return remove(absorbed, example_inputs, selection) if selection else model
 
 
-def remove_dead_inputs(model: nn.Module, names: Iterable[str]) -> nn.Module:
+def remove_dead_inputs(model: nn.Module, names: Iterable[str], round_to: int = 1) -> nn.Module:
     """Drop the inputs of the named linear layers that only meet zero weights; a selection takes their place in front.
 
     Returns:
         A new network with the same outputs, or ``model`` itself where nothing is dead. Other layers and missing names
-        are passed over, and one input always stays.
+        are passed over, and one input always stays; with ``round_to`` a multiple of it, or everything.
     """
     for name in names:
         layer = dict(model.named_modules()).get(name)
         if isinstance(layer, nn.Linear):
             read = layer.weight.detach().abs().amax(0) > 0
-            read[0] |= not read.any()
-            if not read.all():
-                model = narrow_input(model, name, read.nonzero().flatten())
+            kept = _rounded(int(read.sum()), len(read), round_to)
+            if kept < len(read):
+                model = narrow_input(model, name, largest_mask(read.int(), kept).nonzero().flatten())
     return model
+
+
+def _rounded(kept: int, size: int, round_to: int) -> int:
+    return next(width for width in widths(size, round_to) if width >= kept)
 
 
 def _dead(model: nn.Module, group: Group, graph: ChannelGraph, example_inputs: Any) -> Tensor:

@@ -47,9 +47,14 @@ class HardConcrete(nn.Module):
         u = torch.empty(shape, device=log_alpha.device).uniform_(self.EPSILON, 1 - self.EPSILON)
         return self._stretch(torch.sigmoid((u.logit() + log_alpha) / self.beta))
 
-    def deterministic(self, shift: float = 0.0) -> Tensor:
-        """The test-time gates, with ``shift`` added to log alpha; a gate is closed for log alpha <= log(-gamma / zeta)."""
-        return self._stretch(torch.sigmoid(self.log_alpha + shift))
+    def deterministic(self, shift: float = 0.0, lowest: float = -math.inf) -> Tensor:
+        """The test-time gates, with ``shift`` added to log alpha, and where that is below ``lowest`` that instead."""
+        return self._stretch(torch.sigmoid((self.log_alpha + shift).clamp_min(lowest)))
+
+    @property
+    def threshold(self) -> float:
+        r"""Log alpha up to which a test-time gate is closed: :math:`\log(-\gamma / \zeta)`."""
+        return math.log(-self.gamma / self.zeta)
 
     def probability_open(self) -> Tensor:
         r"""Probability that each gate is not zero: :math:`\sigma(\log\alpha - \beta\log(-\gamma/\zeta))`."""

@@ -1,15 +1,16 @@
-"""What methods that zero single weights share: how many weights a budget of parameters or bytes leaves."""
+"""What methods that zero single weights share: how many weights a budget of parameters or bytes leaves, what is left."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from efficientdnns.budget import Plan, most
+from efficientdnns.measurement.macs import count_macs
 from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.parts.budgets import costs, meet, targets_of
 
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 
 AIM = {"bytes": 1.015}
 """Share of a limit of bytes that is aimed at before training; what is over the limit afterwards is trimmed."""
+
+
+@torch.no_grad()
+def sparse_macs(model: nn.Module, example_input: Any, forward: Any = None) -> int:
+    """Multiply-accumulates of one sample that have a non-zero weight: theoretical, for dense kernels skip none of them.
+
+    For a convolution this is the number of its non-zero weights times the output positions.
+    """
+    total = 0.0
+    for name, macs in count_macs(model, example_input, forward).by_module.items():
+        weights = [p for p in model.get_submodule(name).parameters(recurse=False) if p.dim() > 1]
+        size = sum(p.numel() for p in weights)
+        total += macs * (sum(int(p.count_nonzero()) for p in weights) / size if size else 1.0)
+    return round(total)
 
 
 def coded_size(kept: int, total: int, bits: float = 32) -> float:

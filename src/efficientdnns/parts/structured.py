@@ -88,6 +88,7 @@ class Widths:
         scope: Scope = "layer",
         round_to: int = 1,
         ratios: Mapping[str, float] | None = None,
+        comparable: bool = False,
     ) -> Widths:
         """Order the channels of all groups.
 
@@ -97,10 +98,11 @@ class Widths:
                 ratio; with "global" its relative rank among all channels, by score divided by the group's mean score.
             round_to: every group keeps a multiple of it, or everything.
             ratios: groups whose ratio is fixed; they are not part of the order.
+            comparable: scores of different groups are compared as they are, not divided by their means first.
         """
         ratios = ratios or {}
         free = {name: score for name, score in scores.items() if name not in ratios}
-        keys = _layer_keys(free) if scope == "layer" else _global_keys(free)
+        keys = _layer_keys(free) if scope == "layer" else _global_keys(free, comparable)
         least = {name: widths(len(score), round_to)[0] for name, score in scores.items()}
         full = {name: len(score) for name, score in scores.items()}
         for name in ratios.keys() & scores.keys():
@@ -122,13 +124,19 @@ def _layer_keys(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return {name: [(rank + 1) / len(score) for rank in range(len(score))] for name, score in scores.items()}
 
 
-def _global_keys(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    normal = {name: (s.double() / s.double().abs().mean().clamp_min(1e-300)).cpu() for name, s in scores.items()}
-    everything = torch.cat([*normal.values(), torch.zeros(0, dtype=torch.float64)]).sort().values
-    return {
-        name: (torch.searchsorted(everything, s.sort().values, right=True) / max(1, len(everything))).tolist()
-        for name, s in normal.items()
-    }
+def _global_keys(scores: Mapping[str, Tensor], comparable: bool = False) -> dict[str, list[float]]:
+    normal = {name: score.double().cpu() for name, score in scores.items()}
+    if not comparable:
+        normal = {name: score / score.abs().mean().clamp_min(1e-300) for name, score in normal.items()}
+    ordered = [score.sort().values for score in normal.values()] or [torch.zeros(0, dtype=torch.float64)]
+    everything = torch.cat(ordered)
+    # Equal scores (zeros above all) are taken from all groups alike.
+    ranks = torch.cat([torch.arange(1, len(score) + 1) / len(score) for score in ordered])
+    order = ranks.argsort(stable=True)
+    order = order[everything[order].argsort(stable=True)]
+    keys = torch.empty_like(everything)
+    keys[order] = torch.arange(1, len(everything) + 1, dtype=keys.dtype) / max(1, len(everything))
+    return {name: key.tolist() for name, key in zip(normal, keys.split([len(score) for score in ordered]))}
 
 
 def holders(group: Group) -> list[Holder]:

@@ -6,6 +6,7 @@ The weights are pulled towards a sparse copy until the final cut hardly hurts; m
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from efficientdnns.errors import ConfigurationError
-from efficientdnns.measurement.macs import count_macs
+from efficientdnns.budget import widths
+from efficientdnns.errors import ConfigurationError, SurgeryError
 from efficientdnns.method import Paper, Ratio, TrainingMethod
-from efficientdnns.parts.budgets import limits_of, require_reachable
+from efficientdnns.parts.budgets import costs, limits_of, require_reachable, targets_of
 from efficientdnns.parts.project import ConstraintSet, LargestEntries, LargestInGroups, LargestRows, SparsitySet
 from efficientdnns.parts.select import by_pattern, layer_weights, share_out, without
-from efficientdnns.parts.sparse_budgets import kept_weights, trim
+from efficientdnns.parts.sparse_budgets import kept_weights, sparse_macs, trim
+from efficientdnns.parts.structured import Widths, cut, kept_widths, prunable, require_widths, weakest
 from efficientdnns.surgery import ChannelGraph, Group, remove
 from efficientdnns.training import Callback, Trainer, factor
 from efficientdnns.training.sparsity import MaskedTraining, apply_masks
@@ -38,20 +40,6 @@ def project_and_update(weight: Tensor, dual: Tensor, constraint: ConstraintSet) 
     r"""Z-step and dual step: :math:`Z' = \Pi_S(W + U)`, :math:`U' = U + W - Z'`; returns (Z', U')."""
     copy = constraint.project(weight + dual)
     return copy, dual + weight - copy
-
-
-@torch.no_grad()
-def sparse_macs(model: nn.Module, example_input: Any, forward: Any = None) -> int:
-    """Multiply-accumulates of one sample that have a non-zero weight: theoretical, for dense kernels skip none of them.
-
-    For a convolution this is the number of its non-zero weights times the output positions.
-    """
-    total = 0.0
-    for name, macs in count_macs(model, example_input, forward).by_module.items():
-        weights = [p for p in model.get_submodule(name).parameters(recurse=False) if p.dim() > 1]
-        size = sum(p.numel() for p in weights)
-        total += macs * (sum(int(p.count_nonzero()) for p in weights) / size if size else 1.0)
-    return round(total)
 
 
 class ADMMPruning(TrainingMethod):
@@ -70,7 +58,8 @@ class ADMMPruning(TrainingMethod):
     Validation during that phase sees the cut network, and the report has :math:`\|W_i - Z_i\|_F` of every round.
 
     With few epochs take a larger rho: 1e-3 gave the best final accuracy in 9 epochs on MNIST, 1e-2 the best before
-    retraining. With ``constraint="filters"`` whole filters are cut and really removed.
+    retraining. With ``constraint="filters"`` whole filters are cut and really removed, where no other layer adds to
+    their maps. A budget says how many weights stay (params, bytes), or how many filters (latency and macs too).
 
     Deviations:
         ``sparsity`` is shared out so that the kept weights of a layer grow with the square root of its size, which
@@ -88,7 +77,7 @@ class ADMMPruning(TrainingMethod):
         url="https://arxiv.org/abs/1804.03294",
     )
     kind: ClassVar[str] = "pruning"
-    budgets: ClassVar[frozenset[str]] = frozenset({"params", "bytes"})
+    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params", "bytes", "latency"})
     contract_fields: ClassVar[dict[str, Any]] = {
         "epochs": 2, "every": 1, "retrain_epochs": 1, "sparsity": 0.8, "rho": 1e-2, "learning_rate": 0.01
     }  # fmt: skip
@@ -107,6 +96,8 @@ class ADMMPruning(TrainingMethod):
     """Layers to leave alone, by name pattern such as ``fc3`` or ``layer1.*``."""
     constraint: Annotated[str, Field(pattern=r"^(weights|filters|[1-9]\d*:[1-9]\d*)$")] = "weights"
     """The constraint set: 'weights', 'filters', or 'N:M' (at most N of M consecutive input channels, such as '2:4')."""
+    round_to: PositiveInt = 1
+    """With filters: every layer keeps a multiple of this many, or all of them."""
     rho: PositiveFloat = 1e-4
     """Penalty weight; 1e-4 to 1e-2."""
     rho_growth: Annotated[float, Field(ge=1)] = 1.0
@@ -118,10 +109,17 @@ class ADMMPruning(TrainingMethod):
     def total_epochs(self) -> int:
         return self.epochs + self.retrain_epochs
 
+    @property
+    def solves(self) -> frozenset[str]:
+        # Zeros make a network smaller, not faster.
+        return self.budgets if self.constraint == "filters" else frozenset({"params", "bytes"})
+
     def check(self, session: Session) -> None:
         super().check(session)
         limits = limits_of(session, self)
-        if limits and (self.keep is not None or self.constraint != "weights"):
+        if self.round_to > 1 and self.constraint != "filters":
+            raise ConfigurationError(f"{self.name}: round_to is for filters; write constraint=filters or leave it out")
+        if limits and (self.keep is not None or ":" in self.constraint):
             fixed = "keep" if self.keep is not None else f"constraint {self.constraint}"
             raise ConfigurationError(
                 f"{self.name}: {fixed} leaves nothing to solve budget {limits[0]} with; leave one of them out"
@@ -131,7 +129,9 @@ class ADMMPruning(TrainingMethod):
 
     def check_network(self, session: Session) -> None:
         weights = self.weights(session.model)
-        if limits_of(session, self):
+        if limits_of(session, self) and self.constraint == "filters":
+            require_widths(session, self, *self.filters(session))
+        elif limits_of(session, self):
             require_reachable(session, self, lambda: _pruned(session.model, weights, len(weights)))
 
     def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -159,7 +159,7 @@ class ADMMPruning(TrainingMethod):
         if self.keep is not None and self.sparsity is not None:
             raise ConfigurationError(f"{self.name}: keep and sparsity both say what stays; give one of them")
         if self.constraint == "filters":
-            return self._filters(session, weights)
+            return {name: LargestRows(count) for name, count in self._filter_counts(session).items()}
         return {name: LargestEntries(count) for name, count in self._counts(session, weights).items()}
 
     def _counts(self, session: Session, weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -178,18 +178,39 @@ class ADMMPruning(TrainingMethod):
             f"{self.name} must know what stays; write sparsity=0.9, keep={{fc1: 0.1}} or a budget params=0.1"
         )
 
-    def _filters(self, session: Session, weights: Mapping[str, Tensor]) -> dict[str, SparsitySet]:
-        graph = ChannelGraph.trace(session.model, session.example_input)
-        single = [group for group in graph.groups if len(graph.producers(group)) == 1]
-        rows = {m.tensor: group.size for group in single for m in group.members if (m.role, m.dim) == ("out", 0)}
-        able = {name: len(w) for name, w in weights.items() if w.dim() > 2 and rows.get(name) == len(w)}
+    def filters(self, session: Session) -> tuple[ChannelGraph, list[Group], Widths]:
+        """The filters that can be cut, by convolution, and how many each may keep.
+
+        Which of them stay shows only after training; what they cost depends on how many.
+
+        Raises:
+            SurgeryError: there are none.
+        """
+        weights = self.weights(session.model)
+        rows = {name.removesuffix(".weight"): len(weight) for name, weight in weights.items() if weight.dim() > 2}
+        graph, groups = prunable(session)
+        groups = [g for g in groups if graph.producers(g) == [g.name] and rows.get(g.name) == g.size]
+        if not groups:
+            raise SurgeryError(f"{self.name}: no convolution of {type(session.model).__name__} can lose filters")
+        return graph, groups, Widths.of({g.name: torch.zeros(g.size) for g in groups}, round_to=self.round_to)
+
+    def _filter_counts(self, session: Session) -> dict[str, int]:
+        """Filters that stay, by parameter name."""
+        graph, groups, offer = self.filters(session)
+        if limits_of(session, self):
+            plan = kept_widths(session, self, graph, groups, offer, 0.0)
+            return {f"{name}.weight": kept for name, kept in plan.items()}
+        able = {f"{group.name}.weight": group.size for group in groups}
         if self.keep is not None:
             shares: dict[str, float] = by_pattern(self.keep, able, f"{self.name}: keep")
         elif self.sparsity is not None:
             shares = dict.fromkeys(able, 1 - self.sparsity)
         else:
-            raise ConfigurationError(f"{self.name}: constraint filters needs sparsity or keep; write e.g. sparsity=0.5")
-        return {name: LargestRows(_count(share, able[name])) for name, share in shares.items()}
+            raise ConfigurationError(
+                f"{self.name} must know what stays; write sparsity=0.5, keep={{conv1: 0.5}} or a budget macs=0.5"
+            )
+        least = {name: _count(share, able[name]) for name, share in shares.items()}
+        return {n: next(w for w in widths(able[n], self.round_to) if w >= count) for n, count in least.items()}
 
 
 @torch.no_grad()
@@ -279,10 +300,24 @@ class ADMM(MaskedTraining):
         if self.graph is not None:
             selection = {g.name: gone for g in self.graph.groups if len(gone := self._gone(g, self.masks))}
             trainer.model = remove(trainer.model, self.session.example_input, selection)
+            self._trim_filters(trainer)
         else:
             trim(self.session, self.method, trainer.model, self.constraints)
             self.session.sparse.update(self.constraints)
         self._report(trainer)
+
+    def _trim_filters(self, trainer: Trainer) -> None:
+        """Training changes how well floats can be coded: where the file got too large, cut the weakest filters too."""
+        session, method = self.session, self.method
+        target = targets_of(session, method).get("bytes", math.inf)
+        if target == math.inf or costs(session, trainer.model, ["bytes"])["bytes"] <= target:
+            return
+        session.model = trainer.model
+        graph, groups, offer = method.filters(session)
+        plan = kept_widths(session, method, graph, groups, offer, 0.0)
+        squares = {name: p.detach().square() for name, p in trainer.model.named_parameters() if p.dim() > 2}
+        selection = {g.name: weakest(g.reduce(squares).cpu(), g.size - plan[g.name]) for g in groups}
+        trainer.model = cut(session, graph, selection)
 
     def state_dict(self) -> dict[str, Any]:
         return {

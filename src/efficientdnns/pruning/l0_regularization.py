@@ -5,26 +5,26 @@ The expected number of non-zero parameters is penalised directly; what has close
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from efficientdnns.budget import Block, Plan, fill
+from efficientdnns.budget import Plan, blocks, fill, widths
 from efficientdnns.errors import ConfigurationError
 from efficientdnns.measurement.macs import count_macs
 from efficientdnns.method import Paper, TrainingMethod
 from efficientdnns.parts.budgets import costs, limits_of, meet, require_reachable, targets_of
 from efficientdnns.parts.dead import remove_dead_channels, remove_dead_inputs
 from efficientdnns.parts.gate import HardConcrete
+from efficientdnns.parts.gated import Gated, folded, gate_inputs, gate_outputs, gates_of
 from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights, without
 from efficientdnns.parts.structured import Holder, WidthCosts, holders
 from efficientdnns.surgery import ChannelGraph
@@ -34,61 +34,6 @@ if TYPE_CHECKING:
     from efficientdnns.session import Session
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-@dataclass
-class Gated:
-    """A layer whose groups of weights have gates.
-
-    Attributes:
-        name: path of the linear layer (gates on its inputs) or convolution (gates on its output maps).
-        layer: the layer itself.
-        host: the module that carries the gates: the layer, or the batch norm behind a convolution.
-        strength: what an open parameter costs, times the number of training samples.
-    """
-
-    name: str
-    layer: nn.Linear | nn.modules.conv._ConvNd
-    host: nn.Module
-    strength: float
-
-    @property
-    def gate(self) -> HardConcrete:
-        """The gates."""
-        gate = self.host.gate
-        assert isinstance(gate, HardConcrete)
-        return gate
-
-    @property
-    def on_inputs(self) -> bool:
-        """Whether the gates are on inputs."""
-        return isinstance(self.layer, nn.Linear)
-
-    def group_size(self) -> int:
-        """Parameters |g| that one gate switches; a filter has its bias with it."""
-        if self.on_inputs:
-            return self.layer.weight.shape[0]
-        return self.layer.weight[0].numel() + (self.layer.bias is not None)
-
-    def squares(self) -> Tensor:
-        """Sum of squared parameters of every group."""
-        if self.on_inputs:
-            return self.layer.weight.square().sum(0)
-        squares = self.layer.weight.square().flatten(1).sum(1)
-        return squares if self.layer.bias is None else squares + self.layer.bias.square()
-
-
-def gate_inputs(module: nn.Module, inputs: tuple[Tensor, ...], per_sample: bool) -> tuple[Tensor, ...]:
-    """Forward pre-hook: multiply the features (last dimension) by ``module.gate``."""
-    x = inputs[0]
-    z = module.gate(len(x) if per_sample else None)  # type: ignore[operator]
-    return (x * (z if z.dim() == 1 else z.view(len(x), *[1] * (x.dim() - 2), -1)).to(x.dtype), *inputs[1:])
-
-
-def gate_outputs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, per_sample: bool) -> Tensor:
-    """Forward hook: multiply the channels (dimension 1) by ``module.gate``, as if filters and biases were scaled."""
-    z = module.gate(len(output) if per_sample else None)  # type: ignore[operator]
-    return output * z.view(*z.shape[:-1], -1, *[1] * (output.dim() - 2)).to(output.dtype)
 
 
 def expected_l0(layers: list[Gated]) -> Tensor:
@@ -167,6 +112,8 @@ class L0Regularization(TrainingMethod):
     """Initial probability p that a gate is low, one number or by name pattern (0.5 where none fits); 0.2 to 0.5."""
     skip: tuple[str, ...] = ()
     """Layers to leave alone, by name pattern such as ``fc3`` or ``layer1.*``."""
+    round_to: PositiveInt = 1
+    """Every layer keeps a multiple of this many gates, or all of them; for that some that closed last are opened a bit."""
     temperature: Share = 2 / 3
     """beta of the hard concrete distribution."""
     gamma: Annotated[float, Field(lt=0)] = -0.1
@@ -195,11 +142,10 @@ class L0Regularization(TrainingMethod):
         if limits_of(session, self):
             model, hosts = session.model, self.hosts(session.model, session.example_input)
             names = {name: host for name, (host, _) in hosts.items()}
-            first = {name: torch.arange(gates_of(model.get_submodule(name))) == 0 for name in names}
-            values = {name: value.float() for name, value in first.items()}
-            require_reachable(
-                session, self, lambda: removed(folded(model, names, values), names, session.example_input)
-            )
+            sizes = {name: gates_of(model.get_submodule(name)) for name in names}
+            least = {name: widths(size, self.round_to)[0] for name, size in sizes.items()}
+            values = {name: (torch.arange(size) < least[name]).float() for name, size in sizes.items()}
+            require_reachable(session, self, lambda: self.small(session, model, names, values))
 
     def prepare(self, session: Session) -> None:
         if self.from_scratch:
@@ -211,6 +157,13 @@ class L0Regularization(TrainingMethod):
 
     def callback(self, session: Session) -> Callback:
         return L0(self, session)
+
+    def small(
+        self, session: Session, model: nn.Module, hosts: Mapping[str, str], values: Mapping[str, Tensor]
+    ) -> nn.Module:
+        """The network with these gate values folded in, without what closed gates switch off."""
+        cut = remove_dead_channels(folded(model, hosts, values), session.example_input, self.round_to)
+        return remove_dead_inputs(cut, hosts, self.round_to)
 
     def hosts(self, model: nn.Module, example_input: Any) -> dict[str, tuple[str, float]]:
         """For each layer that gets gates the module that carries them and its strength.
@@ -237,39 +190,6 @@ class L0Regularization(TrainingMethod):
         if not strengths:
             raise ConfigurationError(f"{self.name}: {type(model).__name__} has no linear layer or convolution to gate")
         return {name: (hosts[name], value) for name, value in strengths.items()}
-
-
-def gates_of(layer: nn.Module) -> int:
-    """Number of gates: one for every input of a linear layer, for every output map of a convolution."""
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
-
-
-@torch.no_grad()
-def folded(model: nn.Module, hosts: Mapping[str, str], values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy without gates whose weights are multiplied by their ``values`` (layer -> z); ``hosts`` says where they act."""
-    model = copy.deepcopy(model)
-    for name, host_name in hosts.items():
-        layer, host = model.get_submodule(name), model.get_submodule(host_name)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        z = values[name].to(weight.device)
-        parts: list[tuple[Any, Tensor]]
-        host._modules.pop("gate", None)
-        if isinstance(layer, nn.Linear):
-            parts = [(weight, z)]
-        else:
-            rows = z.view(-1, *[1] * (weight.dim() - 1))
-            # Filters of closed gates go too where a batch norm carries the gates: it alone would leave them.
-            parts = [(weight, rows if host is layer else (rows > 0).to(z.dtype)), (host.bias, z)]
-            parts += [] if host is layer else [(host.weight, z)]
-        for parameter, factors in parts:
-            if parameter is not None:
-                parameter.mul_(factors).add_(0.0)  # no -0.0
-    return model
-
-
-def removed(model: nn.Module, names: Iterable[str], example_input: Any) -> nn.Module:
-    """The network without what closed gates have switched off."""
-    return remove_dead_inputs(remove_dead_channels(model, example_input), names)
 
 
 class L0(Callback):
@@ -341,10 +261,8 @@ class L0(Callback):
         for handle in self.handles:
             handle.remove()
         self._report(trainer)
-        values = {item.name: item.gate.deterministic() for item in self.layers}
-        if self.limits:
-            values = self._values(self._plan(trainer.model))
-        trainer.model = removed(folded(trainer.model, self.hosts, values), self.hosts, self.session.example_input)
+        values = self._values(self._plan(trainer.model) if self.limits else self._rounded())
+        trainer.model = self.method.small(self.session, trainer.model, self.hosts, values)
         # Where closed groups could not be removed, and under the new names of layers that were sparse before.
         self.session.sparse.update(name for name, weight in layer_weights(trainer.model).items() if not weight.all())
 
@@ -384,22 +302,29 @@ class L0(Callback):
         got = self.estimate({item.name: int(item.gate.deterministic().count_nonzero()) for item in self.layers})
         return any(got[name] > limit for name, limit in self.limits.items())
 
+    @torch.no_grad()
+    def _rounded(self) -> Plan:
+        """How many gates of every layer stay without a budget: those that are open, and up to the next width."""
+        opened = {item.name: int(item.gate.deterministic().count_nonzero()) for item in self.layers}
+        allowed = {item.name: widths(len(item.gate.log_alpha), self.method.round_to) for item in self.layers}
+        if self.method.round_to == 1:
+            return opened
+        return {name: next(width for width in allowed[name] if width >= count) for name, count in opened.items()}
+
     def _plan(self, model: nn.Module) -> Plan:
-        """How many gates of every layer stay open."""
+        """How many gates of every layer the budget leaves open."""
         offered = [
-            Block(key, item.name, 1)
+            block
             for item in self.layers
-            for key in item.gate.log_alpha.detach().sort(descending=True).values[1:].tolist()
+            for block in blocks(item.name, item.gate.log_alpha.detach().sort().values.tolist(), self.method.round_to)
         ]
-        least = dict.fromkeys(self.full, 1)
+        least = {name: widths(size, self.method.round_to)[0] for name, size in self.full.items()}
         return meet(
             self.session,
             self.method,
             propose=lambda fits, enough: fill(least, offered, fits, enough),
             estimate=self.estimate,
-            build=lambda plan: removed(
-                folded(model, self.hosts, self._values(plan)), self.hosts, self.session.example_input
-            ),
+            build=lambda plan: self.method.small(self.session, model, self.hosts, self._values(plan)),
             least=least,
             full=self.full,
         )
@@ -407,12 +332,18 @@ class L0(Callback):
     @torch.no_grad()
     def _values(self, plan: Plan) -> dict[str, Tensor]:
         """Test-time gates of which so many are open in each layer."""
-        masks = {item.name: largest_mask(item.gate.log_alpha, plan[item.name]) for item in self.layers}
-        lowest = min(float(item.gate.log_alpha[masks[item.name]].min()) for item in self.layers)
-        gate = self.layers[0].gate
-        shift = max(0.0, math.log(-gate.gamma / gate.zeta) + 0.1 - lowest)
-        values = {item.name: item.gate.deterministic(shift) for item in self.layers}
-        return {name: value * masks[name] for name, value in values.items()}
+        just_open = self.layers[0].gate.threshold + 0.1
+        shift = 0.0
+        if self.limits:
+            # Everything moves up until the first gate of every layer's last block is open.
+            first = {name: (kept - 1) // self.method.round_to * self.method.round_to for name, kept in plan.items()}
+            alphas = {item.name: item.gate.log_alpha.sort(descending=True).values for item in self.layers}
+            shift = max(0.0, just_open - min(float(alphas[name][at]) for name, at in first.items()))
+        lowest = just_open if self.limits or self.method.round_to > 1 else -math.inf
+        return {
+            item.name: item.gate.deterministic(shift, lowest) * largest_mask(item.gate.log_alpha, plan[item.name])
+            for item in self.layers
+        }
 
     @torch.no_grad()
     def _report(self, trainer: Trainer) -> None:

@@ -5,32 +5,21 @@ The channels of lowest importance are then cut in all layers at once, and the ne
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from efficientdnns.budget import Plan
 from efficientdnns.errors import ModelError
-from efficientdnns.method import Method, Need, Paper, Ratio
-from efficientdnns.parts.structured import (
-    Scope,
-    Selection,
-    Widths,
-    cut,
-    kept_report,
-    kept_widths,
-    prunable,
-    require_widths,
-    weakest,
-)
+from efficientdnns.measurement.inference import evaluating
+from efficientdnns.method import Need, Paper
+from efficientdnns.parts.absolute_linear import AbsoluteLinear
+from efficientdnns.parts.channel_pruning import ChannelPruning, Scores
+from efficientdnns.parts.structured import Selection, weakest
 from efficientdnns.session import Session
 from efficientdnns.surgery import ChannelGraph, Group
 
@@ -71,61 +60,6 @@ def _mean_ranks(column: Tensor) -> Tensor:
     return (last - (counts.double() - 1) / 2)[inverse]
 
 
-class AbsoluteLinear(TorchFunctionMode):
-    """Runs a network as the linear map of absolute weights, whose gradient carries importance backwards.
-
-    Convolutions and linear layers use |W| without bias, batch norm is the diagonal |gamma| / sqrt(var + eps), pooling
-    spreads evenly, activations, dropout and normalisation of activations are the identity, and a product of two
-    activations passes each on scaled by the other's absolute value.
-    """
-
-    IDENTITY = frozenset(
-        {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "gelu", "silu", "mish", "hardswish", "hardtanh"}
-        | {"hardsigmoid", "sigmoid", "tanh", "prelu", "softplus", "layer_norm", "group_norm", "local_response_norm"}
-        | {"dropout", "dropout_", "dropout1d", "dropout2d", "feature_dropout", "alpha_dropout"}
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in self.IDENTITY and args and isinstance(args[0], Tensor):
-            return args[0] * 1.0
-        if name in ("conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear"):
-            return func(args[0], args[1].abs(), None, *args[3:], **{k: v for k, v in kwargs.items() if k != "bias"})
-        if name == "batch_norm":
-            return self._batch_norm(*args, **kwargs)
-        if name.startswith("max_pool") or name.startswith("adaptive_max_pool"):
-            average = getattr(F, name.replace("max", "avg").replace("_with_indices", ""))
-            return average(
-                *args[: 2 if "adaptive" in name else 4], **{k: v for k, v in kwargs.items() if k in _POOLING}
-            )
-        if name in ("mul", "mul_", "__mul__", "__rmul__", "__imul__") and all(isinstance(a, Tensor) for a in args[:2]):
-            a, b = args[0], args[1]
-            return (
-                (a * b.detach().abs() + a.detach().abs() * b) / 2
-                if a.requires_grad and b.requires_grad
-                else func(a, b.abs())
-            )
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _batch_norm(
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        eps = kwargs.get("eps", rest[2] if len(rest) > 2 else 1e-5)
-        scale = (torch.ones_like(var) if weight is None else weight.abs()) / (var + eps).sqrt()
-        return x * scale.view(1, -1, *[1] * (x.dim() - 2))
-
-
-_POOLING = ("kernel_size", "stride", "padding", "ceil_mode", "output_size")
-
-
 def propagate(
     model: nn.Module,
     example_input: Tensor,
@@ -139,7 +73,7 @@ def propagate(
 
     ``final_scores`` are those of the input of ``classifier`` (the final response layer). The score of a channel is what
     its consumers hand back, summed over positions and consumers. Channels in ``pruned`` (group -> indices) hand nothing
-    on. ``model`` must be float64, in eval mode and is not changed.
+    on. ``model`` is not changed, and no copy is made of it.
     """
     handed_back: dict[str, Tensor] = {}
     consumers = {c for g in groups for c in graph.consumers(g)} | {classifier}
@@ -170,17 +104,21 @@ def propagate(
         for name in consumers:
             handle = model.get_submodule(name).register_forward_pre_hook(watch(name))
             stack.callback(handle.remove)
+        stack.enter_context(evaluating(model))
         # Zeros run through the forward pass: only the gradient matters, and deep |W| products would overflow.
-        x = torch.zeros_like(example_input[:1], dtype=torch.float64).requires_grad_()
-        with AbsoluteLinear(), torch.enable_grad():
+        x = example_input[:1]
+        sources: list[Tensor] = []
+        if x.is_floating_point():
+            x = torch.zeros_like(x, dtype=torch.float64).requires_grad_()
+            sources = [x]
+        with AbsoluteLinear() as linear, torch.enable_grad():
             model(x)
-            response = final[-1]
-            shape = (
-                [1, -1, *[1] * (response.dim() - 2)]
-                if response.dim() > 2 and _is_convolution(model, classifier)
-                else [-1]
-            )
-            response.backward(final_scores.double().reshape(shape).expand_as(response).contiguous())
+        response = final[-1]
+        shape = (
+            [1, -1, *[1] * (response.dim() - 2)] if response.dim() > 2 and _is_convolution(model, classifier) else [-1]
+        )
+        scores = final_scores.double().reshape(shape).expand_as(response).contiguous()
+        response.backward(scores, inputs=[*sources, *linear.sources])
     return {group.name: _group_score(group, handed_back) for group in groups}
 
 
@@ -206,7 +144,7 @@ def _group_score(group: Group, handed_back: Mapping[str, Tensor]) -> Tensor:
     return score
 
 
-class NISP(Method):
+class NISP(ChannelPruning):
     r"""Neuron importance score propagation, `Yu et al., CVPR 2018 <https://arxiv.org/abs/1711.05908>`_.
 
     The responses of the final response layer (the input of the classifier) are ranked by Inf-FS; their scores
@@ -236,79 +174,54 @@ class NISP(Method):
         year=2018,
         url="https://arxiv.org/abs/1711.05908",
     )
-    kind: ClassVar[str] = "pruning"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration data"})
-    budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params", "bytes", "latency"})
+    in_place: ClassVar[bool] = False
     contract_fields: ClassVar[dict[str, Any]] = {"samples": 64}
 
-    pruning_ratio: Ratio = 0.5
-    """Share of channels removed in every group; solved for when the run has a budget."""
-    scope: Scope = "layer"
-    """One ratio for every group, or one threshold for all: on scores divided by the mean score of their group."""
-    round_to: PositiveInt = 1
-    """Every group keeps a multiple of this many channels, or all of them."""
-    ratios: dict[str, Ratio] = {}
-    """Ratios of single groups by name, in place of `pruning_ratio`."""
     ranker: Literal["inf-fs", "uniform", "outgoing"] = "inf-fs"
     """How final responses are ranked: Inf-FS, all equal, or by the classifier's absolute weights."""
     importance: Literal["propagated", "l1", "random"] = "propagated"
     """Scores of the channels; two controls take their place: the L1 norm of what makes a channel, or chance."""
     samples: PositiveInt = 512
     """Calibration inputs for the ranking; labels are not used."""
-    skip: tuple[str, ...] = ()
-    """Layers left whole, as name patterns."""
-    epochs: NonNegativeInt = 0
-    """Fine-tuning epochs after the cut."""
-    learning_rate: PositiveFloat | None = None
-    """Peak learning rate of the fine-tuning; None takes a tenth of the session's."""
 
-    def check_network(self, session: Session) -> None:
-        graph, groups = prunable(session, self.skip, f"{self.name}: skip")
-        require_widths(session, self, graph, groups, self.offer({g.name: torch.zeros(g.size) for g in groups}))
-
-    def apply(self, session: Session) -> None:
-        graph, groups = prunable(session, self.skip, f"{self.name}: skip")
-        classifier = final_layer(session.model, graph)
-        network = copy.deepcopy(session.model).double().eval()
-        scores: Callable[[Selection], Mapping[str, Tensor]]
-        if self.importance == "propagated":
-            final_scores = self.rank(session, classifier)
-            scores = partial(
-                propagate, network, session.example_input, graph, groups, final_scores.to(session.device), classifier
-            )
-        else:
-            fixed = self.control(network, groups, session.seed)
-            scores = lambda pruned: fixed  # noqa: E731
-        # What a network costs depends on how many channels stay, not on which: one ratio needs no scores.
-        at_first = scores({}) if self.scope == "global" else {g.name: torch.zeros(g.size) for g in groups}
-        plan = kept_widths(session, self, graph, groups, self.offer(at_first), self.pruning_ratio)
-        selection = self.select(groups, scores, plan)
-        session.model = cut(session, graph, selection)
-        ratio = sum(len(gone) for gone in selection.values()) / sum(group.size for group in groups)
-        session.report(pruned_share=ratio, final_response_layer=classifier, **kept_report(graph, groups, selection))
-        if self.epochs:
-            rate = self.learning_rate or session.settings.learning_rate / 10
-            session.train(epochs=self.epochs, learning_rate=rate)
-
-    def offer(self, scores: Mapping[str, Tensor]) -> Widths:
-        """The widths to choose from."""
-        return Widths.of(scores, scope=self.scope, round_to=self.round_to, ratios=self.ratios)
-
-    @staticmethod
-    def select(groups: Sequence[Group], scores: Callable[[Selection], Mapping[str, Tensor]], plan: Plan) -> Selection:
+    def select(self, session: Session, graph: ChannelGraph, groups: Sequence[Group]) -> Selection:
         """Decide group by group from the output to the input, propagating past what is already pruned."""
+        classifier = final_layer(session.model, graph)
+        scores = self.scorer(session, graph, groups, classifier)
+        # What a network costs depends on how many channels stay, not on which: one ratio needs no scores.
+        plan = self.plan(session, graph, groups, scores({}) if self.scope == "global" else None)
         selection: Selection = {}
-        for group in reversed(groups):
-            selection[group.name] = weakest(scores(selection)[group.name], group.size - plan[group.name])
+        with session.progress.task(f"{session.label}: groups", len(groups)) as bar:
+            for group in reversed(groups):
+                selection[group.name] = weakest(scores(selection)[group.name], group.size - plan[group.name])
+                bar.advance()
+        ratio = sum(len(gone) for gone in selection.values()) / sum(group.size for group in groups)
+        session.report(pruned_share=ratio, final_response_layer=classifier)
         return selection
+
+    def scorer(
+        self, session: Session, graph: ChannelGraph, groups: Sequence[Group], classifier: str
+    ) -> Callable[[Selection], Scores]:
+        """Scores of every group given what is pruned already."""
+        if self.importance != "propagated":
+            fixed = self.control(session.model, groups, session.seed)
+            return lambda pruned: fixed
+        final = self.rank(session, classifier).to(session.device)
+        return partial(propagate, session.model, session.example_input, graph, groups, final, classifier)
 
     def control(self, network: nn.Module, groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
         """Scores that know nothing of the final responses."""
         if self.importance == "random":
             random = torch.Generator().manual_seed(seed)
             return {group.name: torch.rand(group.size, generator=random) for group in groups}
-        sizes = {name: parameter.detach().abs() for name, parameter in network.named_parameters()}
-        return {group.name: group.reduce(sizes) for group in groups}
+        parameters = dict(network.named_parameters())
+
+        def size(group: Group) -> Tensor:
+            names = {member.tensor for member in group.members if member.role == "out"} & parameters.keys()
+            return group.reduce({name: parameters[name].detach().double().abs() for name in names})
+
+        return {group.name: size(group) for group in groups}
 
     def rank(self, session: Session, classifier: str) -> Tensor:
         """Scores of the final responses."""
@@ -324,7 +237,15 @@ class NISP(Method):
             for inputs in session.calibration(self.samples):
                 session.task.outputs(session.model.eval(), inputs)
         handle.remove()
-        return infinite_feature_selection(torch.cat([r.flatten(2).mean(-1) if r.dim() > 2 else r for r in responses]))
+        channels_last = not _is_convolution(session.model, classifier)
+        means = [_mean_over_positions(response, channels_last) for response in responses]
+        return infinite_feature_selection(torch.cat(means))
+
+
+def _mean_over_positions(response: Tensor, channels_last: bool) -> Tensor:
+    if response.dim() == 2:
+        return response
+    return response.flatten(1, -2).mean(1) if channels_last else response.flatten(2).mean(-1)
 
 
 def final_layer(model: nn.Module, graph: ChannelGraph) -> str:

@@ -25,7 +25,8 @@ from torch.export import ExportedProgram
 
 from efficientdnns.errors import SurgeryError, suggest
 from efficientdnns.surgery.atoms import Atoms, Ids, KeptWhole
-from efficientdnns.surgery.trace import Inputs, Node, Record, trace_network
+from efficientdnns.surgery.trace import Inputs, Node, Record
+from efficientdnns.surgery.trace_network import trace_network
 
 Role = Literal["out", "in", "vector"]
 

@@ -13,7 +13,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from efficientdnns.surgery.graph import ChannelGraph
-from efficientdnns.surgery.recorded import RecordedForward, Unrecordable, kind_of, record, signatures, written_in
+from efficientdnns.surgery.recorded import RecordedForward, kind_of
+from efficientdnns.surgery.recorder import Unrecordable, record, signatures, written_in
 from efficientdnns.surgery.reference import reference_outputs
 from efficientdnns.surgery.remove import clone, sliced, zero_contributions
 from efficientdnns.surgery.resize import Sizes
