@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import efficientdnns as ed
 from efficientdnns.cli import main
-from efficientdnns.errors import DataError, EfficientDNNsError, ModelError
+from efficientdnns.deployment import check_result
+from efficientdnns.errors import ConfigurationError, DataError, EfficientDNNsError, ModelError
 from efficientdnns.measurement.inference import batch_size, with_batch
 from efficientdnns.measurement.latency import measure_latency
 from efficientdnns.measurement.macs import count_macs
@@ -214,6 +215,20 @@ def test_training_a_segmentation_network_uses_its_auxiliary_head_and_learns(fact
     assert task.outputs(model.train(), task.example_input).keys() == {"out", "aux"}
 
 
+def test_distillation_takes_the_main_output_pixel_by_pixel(factories: Path) -> None:
+    task = segmentation_task(factories)
+    model = ed.models.build(f"{factories}:TinySegmentation")
+    settings: dict[str, Any] = {"training": {"batch_size": 4, "learning_rate": 1e-9}, "quiet": True, "latency": False}
+    step = ed.KnowledgeDistillation(epochs=1, hard_weight=0.0, soft_weight=1.0)
+    result = ed.compress(model, task, step, **settings)
+    assert result.history[0]["loss"] < 0.2, (
+        "of a pixel: the student is the teacher but for the statistics of its batches"
+    )
+    assert 0 < result.report.methods[0].findings["teacher_entropy"] < 1.1
+    with pytest.raises(ConfigurationError, match="fine-tune it with fit"):
+        ed.compress(ed.models.build(f"{factories}:tiny_detector"), detection_task(factories), step, **settings)
+
+
 def test_segmentation_on_the_command_line(cli: Any, factories: Path, tmp_path: Path) -> None:
     task, out = ("--task", f"{factories}:segmentation"), tmp_path / "out"
     measured = cli("measure", "torchvision:lraspp_mobilenet_v3_large", *task)
@@ -384,6 +399,31 @@ def test_a_transformer_classifier_with_inputs_by_name(tmp_path: Path) -> None:
     again = ed.load(tmp_path / "out")
     with torch.no_grad():
         assert equal(again(**inputs), result.model(**inputs))
+
+
+def forms_of_sentences(form: str) -> Any:
+    inputs, _ = sentences(24)
+    return inputs if form == "mapping" else (inputs["input_ids"], inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("form", ["mapping", "tuple"])
+def test_files_of_an_encoder_take_what_the_network_takes(tmp_path: Path, form: str) -> None:
+    inputs = forms_of_sentences(form)
+    model = ed.models.build(f"hf:{bert(tmp_path / 'bert', num_hidden_layers=1)}")
+    task = ed.Task((inputs,), (inputs,), kind="feature-extraction").labelled_by(model)
+    result = ed.compress(model, task, [], quiet=True, latency=False)
+    result.save(tmp_path / "out")
+    for exported in result.exports:
+        assert exported.error == ""
+        assert exported.dynamic_batch
+        assert exported.compared == 7, "batches of two sizes"
+        assert exported.max_difference is not None
+        assert exported.max_difference < 1e-5
+    check_result(tmp_path / "out", forward=task.outputs)
+    # The file checks its inputs by their own names, for whoever opens it with PyTorch alone.
+    positional, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    vectors = torch.export.load(tmp_path / "out" / "model.pt2").module()(*positional, **named)
+    torch.testing.assert_close(vectors, task.outputs(model.eval(), inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_transformer_loses_neurons(tmp_path: Path) -> None:

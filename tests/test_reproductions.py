@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import efficientdnns as ed
+from efficientdnns.deployment import check_result
 from efficientdnns.recipe import Recipe
 from efficientdnns.reproduce import folder, names, recorded, reproduce_all
+from efficientdnns.run import run as run_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
@@ -42,6 +45,27 @@ def test_smoke_version_runs(name, tmp_path) -> None:
     (outcome,) = reproduce_all(name, out=tmp_path, smoke=True, only=definition["runs"][0]["name"], quiet=True)
     assert outcome["after"]["metric"]["n"] > 0
     json.dumps(outcome)
+    check_result(tmp_path / name / "smoke" / f"{outcome['run']}-0")
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "recipes"], ids=lambda p: p.stem)
+def test_results_of_recipes_pass_the_common_check(path, tmp_path) -> None:
+    """A short run on the digits: the same methods on the same network, with random weights and few epochs."""
+    content = yaml.safe_load(path.read_text()) | {"task": {"name": "digits", "limit": 256, "evaluation_limit": 100}}
+    model = content["model"] if isinstance(content["model"], dict) else {"name": content["model"]}
+    content["model"] = {key: value for key, value in model.items() if key != "weights"} | {"in_channels": 1}
+    content["methods"] = [shortened(step) for step in content["methods"]]
+    if "training" in content:
+        content["training"] |= {"batch_size": 64, "mixed_precision": "no"}
+    run_recipe(Recipe.parse(yaml.safe_dump(content)), tmp_path / "out", quiet=True, latency=False)
+    check_result(tmp_path / "out")
+
+
+def shortened(step: dict[str, Any]) -> dict[str, Any]:
+    short = {"epochs": 1, "prune_epochs": 1, "share_epochs": 1, "calibration_samples": 64}
+    return {
+        name: {key: short.get(key, value) for key, value in (fields or {}).items()} for name, fields in step.items()
+    }
 
 
 @pytest.mark.parametrize("name", names())

@@ -48,7 +48,12 @@ def test_a_result_comes_with_files_and_the_metric_of_the_deployed_one(result, fo
 
 def test_the_files_of_an_earlier_result_go(result, folder) -> None:
     result.save(folder, exports=())
-    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "report.json", "structure.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "model.safetensors",
+        "report.html",
+        "report.json",
+        "structure.json",
+    ]
     assert json.loads((folder / "report.json").read_text())["exports"] == []
     result.save(folder)
 

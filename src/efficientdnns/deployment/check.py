@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from efficientdnns.deployment.export import FORMATS, SIZES, Exported, compare
+from efficientdnns.deployment.export import FORMATS, SIZES, Exported, compare, of_shape
 from efficientdnns.deployment.inputs import noise
 from efficientdnns.deployment.opened import in_batches
 from efficientdnns.errors import FileFormatError, ModelError
@@ -74,7 +75,10 @@ def _check_folder(
             raise FileFormatError(f"{path} is named in the report but not there; save the result again")
         file = importlib.import_module(f"efficientdnns.deployment.{known.module}").open_file(path)
         opened = file if exported.batch is None else in_batches(file, exported.batch)
-        compare(network, opened, samples, forward=forward, exact=known.exact)
+        fitting = (
+            samples if exported.sizes is None else of_shape(samples, exported.sizes) or [torch.zeros(exported.sizes)]
+        )
+        compare(network, opened, fitting, forward=forward, exact=known.exact)
     for name in needs:
         found = next((exported for exported in exports if exported.format == name), None)
         if found is None or found.error:

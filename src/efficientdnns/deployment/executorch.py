@@ -9,9 +9,9 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from efficientdnns.deployment.extras import need
-from efficientdnns.deployment.files import replacing
-from efficientdnns.deployment.graph import Graph, first_line, quiet, unflatten
-from efficientdnns.errors import FileFormatError, ModelError
+from efficientdnns.deployment.files import first_line, opening, replacing
+from efficientdnns.deployment.graph import Graph, quiet, unflatten
+from efficientdnns.errors import ModelError
 
 _PLACES = "efficientdnns_outputs"
 
@@ -47,17 +47,12 @@ class ExecutorchNetwork:
 
     def __init__(self, path: Path) -> None:
         need("executorch", "executorch")
-        if not path.is_file():
-            raise FileFormatError(f"{path} is no file; give a .pte file")
-        try:
-            with quiet():
-                from executorch.runtime import Runtime
+        with opening(path, "a .pte file", "ExecuTorch"), quiet():
+            from executorch.runtime import Runtime
 
-                self.program = Runtime.get().load_program(path)
-                self.method = self.program.load_method("forward")
-                notes = self.program.load_method(_PLACES).execute([])
-        except Exception as error:
-            raise FileFormatError(f"ExecuTorch cannot open {path}: {first_line(error)}") from error
+            self.program = Runtime.get().load_program(path)
+            self.method = self.program.load_method("forward")
+            notes = self.program.load_method(_PLACES).execute([])
         self.places = [tuple(place) for place in json.loads(notes[0])]
 
     def __call__(self, inputs: Any) -> Any:

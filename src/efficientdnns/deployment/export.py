@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from efficientdnns.data.nested import cut, length
 from efficientdnns.deployment.extras import need
-from efficientdnns.deployment.graph import Graph, call, first_line, trace
+from efficientdnns.deployment.files import first_line
+from efficientdnns.deployment.graph import Graph, call, samples_of, trace
 from efficientdnns.deployment.integers import has_integers, write_integers
 from efficientdnns.deployment.opened import Network, difference, in_batches, resized
 from efficientdnns.errors import ConfigurationError, EfficientDNNsError, ModelError, suggest
@@ -80,6 +81,8 @@ class Exported(BaseModel):
     """Whether it takes any number of samples."""
     batch: int | None = None
     """The number it takes, where it takes but one."""
+    sizes: tuple[int, ...] | None = None
+    """Shape of the samples where they come in a list, and it takes them in this shape only."""
     opened_with: str | None = None
     max_difference: float | None = None
     """Largest absolute difference between its outputs and the network's."""
@@ -236,6 +239,8 @@ def _write(
     try:
         if samples is None:
             samples = resized(graph.example, sum(SIZES))
+        if graph.sizes is not None:
+            samples = of_shape(samples, graph.sizes) or samples_of(graph.example)
         facts = compare(model, network, samples, forward=forward, exact=exact)
     except EfficientDNNsError:
         for file in _files(path):
@@ -248,6 +253,7 @@ def _write(
         bytes=sum(file.stat().st_size for file in _files(path)),
         dynamic_batch=graph.dynamic_batch,
         batch=batch,
+        sizes=graph.sizes,
         opened_with=f"{known.runtime} {importlib.metadata.version(known.runtime)}",
         note=note,
         **facts,
@@ -280,6 +286,11 @@ def compare(
             f"the opened file differs from the network by up to {largest:.3g}, its outputs being at most {scale:.3g}"
         )
     return {"max_difference": largest, "largest_output": scale, "compared": length(samples)}
+
+
+def of_shape(samples: Any, shape: Sequence[int]) -> list[Tensor]:
+    """Those of a list of samples that have this shape."""
+    return [sample for sample in samples_of(samples) or () if tuple(sample.shape) == tuple(shape)]
 
 
 def _batches(samples: Any) -> list[Any]:

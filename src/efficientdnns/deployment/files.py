@@ -9,6 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from efficientdnns.errors import FileFormatError
+
+
+@contextmanager
+def opening(path: Path, kind: str, runtime: str) -> Iterator[None]:
+    """Say in one line why ``path`` (a ``kind``) cannot be opened with ``runtime``.
+
+    Raises:
+        FileFormatError: there is no file, or something was raised inside.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"{path} is no file; give {kind}")
+    try:
+        yield
+    except Exception as error:
+        raise FileFormatError(f"{runtime} cannot open {path}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

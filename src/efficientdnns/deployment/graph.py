@@ -13,15 +13,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from efficientdnns.data.nested import length
 from efficientdnns.deployment.coded import Decoding, with_coded_weights
+from efficientdnns.deployment.detectors import finds_objects, without_branches
+from efficientdnns.deployment.files import first_line
 from efficientdnns.errors import ModelError
 from efficientdnns.measurement.inference import Forward, batch_size, evaluating, to_device, with_batch
 
@@ -113,6 +115,14 @@ def call(network: nn.Module, inputs: Any) -> Any:
     return network(*positional, **named)
 
 
+class Tracing(TypedDict, total=False):
+    """How `trace` may be told to trace."""
+
+    dynamic_batch: bool
+    batch: int | None
+    forward: Forward | None
+
+
 @dataclass(frozen=True)
 class Graph:
     """A traced network.
@@ -129,6 +139,8 @@ class Graph:
     decodes: bool = False
     """Whether it has weights that it decodes."""
     note: str = ""
+    sizes: tuple[int, ...] | None = None
+    """Shape of the samples where it takes lists of them in this shape only."""
 
     @property
     def batch(self) -> int:
@@ -152,8 +164,12 @@ def trace(
 ) -> Graph:
     """Trace ``model`` in evaluation mode on the CPU.
 
-    Where the batch cannot stay open, because the network computes with its size or is asked not to, it is fixed to
-    ``batch``, by default that of ``example_input``. With ``coded`` weights that are smaller so are kept as codes.
+    Args:
+        example_input: a tensor, a tuple (arguments) or a mapping (keywords).
+        dynamic_batch: leave the batch open; where the network computes with its size it is fixed all the same.
+        batch: the size of a fixed batch, by default that of ``example_input``.
+        forward: ``forward(model, inputs)`` where calling the model is not enough.
+        coded: keep weights that are smaller so as codes.
 
     Raises:
         ModelError: it cannot be traced; the line says why.
@@ -166,32 +182,61 @@ def trace(
     if coded:
         network = with_coded_weights(network)
     with evaluating(network), quiet():
-        lists = _holds_list(example)
-        if dynamic_batch and not lists:
+        if samples_of(example) is not None:
+            return _trace_list(network, example, "the network takes a list of samples" if dynamic_batch else "")
+        if dynamic_batch:
             # Two samples, because torch.export takes a size of one for a constant.
             size = max(2, batch or batch_size(example))
             graph = _trace(network, with_batch(example, size), open_batch=True)
             if graph.dynamic_batch:
                 return graph
         note = "the network computes with the size of its batch" if dynamic_batch else ""
-        if dynamic_batch and lists:
-            note = "the network takes a list of samples"
-        if batch is not None and not lists:
+        if batch is not None:
             example = with_batch(example, batch)
         return dataclasses.replace(_trace(network, example, open_batch=False), note=note)
 
 
-def _trace(network: nn.Module, example: Any, *, open_batch: bool) -> Graph:
-    positional, named = arguments(example)
-    shapes = shapes_of(example) if open_batch else None
+def _trace_list(network: nn.Module, samples: Any, note: str) -> Graph:
+    """A network of a list of samples: of any sizes where it lets them, else of those of the example."""
+    listed = [sample for sample in samples_of(samples) or [] if isinstance(sample, Tensor)]
+    shapes = ShapesCollection()
+    for sample in listed:
+        shapes[sample] = dict.fromkeys(range(1, sample.dim()), Dim.AUTO)
+    graph = _trace(network, samples, open_batch=False, shapes=shapes)
+    positional, named = arguments(tree_map(_larger, samples))
     try:
-        program = torch.export.export(network, positional, named, dynamic_shapes=shapes, strict=False)
-        _drop_checks(program.graph_module)
+        graph.program.module()(*positional, **named)
+    except Exception:  # a guard, or an operation whose sizes were built in
+        graph = _trace(network, samples, open_batch=False)
+        sizes = tuple(listed[0].shape) if listed else None
+        note = "; ".join(filter(None, [note, f"samples of {' x '.join(map(str, sizes or ()))} only"]))
+        return dataclasses.replace(graph, note=note, sizes=sizes)
+    return dataclasses.replace(graph, note=note)
+
+
+def _larger(sample: Any) -> Any:
+    """A sample of another size and, beyond lines, of another form."""
+    if not isinstance(sample, Tensor) or sample.dim() < 2:
+        return sample
+    return nn.functional.pad(sample, (0, 16, *(0, 40) * (sample.dim() - 2)))
+
+
+def _trace(network: nn.Module, example: Any, *, open_batch: bool, shapes: ShapesCollection | None = None) -> Graph:
+    positional, named = arguments(example)
+    shapes = shapes_of(example) if open_batch else shapes
+    try:
+        # Before tracing, because some networks keep what they find out about the first inputs.
         places = tuple(place for place, _ in flatten(network(*positional, **named)))
+        with without_branches():
+            program = torch.export.export(network, positional, named, dynamic_shapes=shapes, strict=False)
+        _drop_checks(program.graph_module)
+        # The keywords of `Deployed.forward` are inputs by their own names.
+        program._guards_code = [guard.replace("L['named']", "L") for guard in program._guards_code]
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"torch.export cannot trace the network: {first_line(error)}") from error
+        where = _module_of(error, network)
+        raise ModelError(f"torch.export cannot trace {where}: {first_line(error)}") from error
     sizes = [
         node.meta["val"].size() for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
     ]
@@ -203,15 +248,34 @@ def _trace(network: nn.Module, example: Any, *, open_batch: bool) -> Graph:
 
 
 def _drop_checks(graph: torch.fx.GraphModule) -> None:
-    """Leave out what only makes sure that conversions get the type that they got when traced."""
+    """Leave out what only makes sure that conversions get the type that they got when traced; and, in a detector, the
+    numbers of boxes that tracing takes for granted (at least two) though the operations do with none."""
+    checks = [torch.ops.aten._assert_tensor_metadata.default]
+    if found := finds_objects(graph):
+        checks.append(torch.ops.aten._assert_scalar.default)
     for node in list(graph.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target in checks:
             graph.graph.erase_node(node)
+    if found:
+        graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
-def _holds_list(inputs: Any) -> bool:
-    return isinstance(inputs, list) or (isinstance(inputs, tuple) and any(isinstance(part, list) for part in inputs))
+def _module_of(error: BaseException, network: nn.Module) -> str:
+    """The innermost module that was at work when tracing failed."""
+    names = {id(module): name for name, module in network.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = names.get(id(frame.tb_frame.f_locals.get("self")), found) or found
+        frame = frame.tb_next
+    name = found.removeprefix("network").removeprefix(".network").removeprefix(".")
+    return f"the network at '{name}' ({type(network.get_submodule(found)).__name__})" if name else "the network"
+
+
+def samples_of(inputs: Any) -> list[Tensor] | None:
+    """The list of samples, of sizes of their own, that inputs hold; None where they are tensors of batches."""
+    parts = inputs if isinstance(inputs, tuple) else [inputs]
+    return next((part for part in parts if isinstance(part, list)), None)
 
 
 def shapes_of(example: Any) -> ShapesCollection:
@@ -233,12 +297,6 @@ def _input_names(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Itera
         yield "input" if single else ".".join(["input", *map(str, place)])
     for place, _ in flatten(plain(dict(named))):
         yield ".".join(map(str, place))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 @contextmanager

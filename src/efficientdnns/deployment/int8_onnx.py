@@ -12,34 +12,25 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from efficientdnns.deployment.extras import need
 from efficientdnns.deployment.files import replacing
-from efficientdnns.deployment.graph import trace
+from efficientdnns.deployment.graph import Tracing, trace
 from efficientdnns.deployment.onnx import write_graph
 from efficientdnns.deployment.qdq import Rewriter
 from efficientdnns.deployment.small_onnx import shrink
 from efficientdnns.errors import ModelError
-from efficientdnns.measurement.inference import Forward
 from efficientdnns.models.cifar_resnet import PadShortcut
 from efficientdnns.parts.integer_layers import IntegerLayer, QuantizedConv2d
 from efficientdnns.surgery import replace_module
 from efficientdnns.surgery.remove import clone
 
 
-def write_int8_onnx(
-    model: nn.Module,
-    example_input: Any,
-    path: str | Path,
-    *,
-    dynamic_batch: bool = True,
-    batch: int | None = None,
-    forward: Forward | None = None,
-) -> Path:
+def write_int8_onnx(model: nn.Module, example_input: Any, path: str | Path, **tracing: Unpack[Tracing]) -> Path:
     r"""Write a network of integer layers (the result of ``int8-quantization``) as an ONNX file in integers, atomically.
 
     The integer layers' own scales, zero points, weights and biases stand in the file; activations are shifted by 128
@@ -64,29 +55,29 @@ def write_int8_onnx(
     """
     need("onnx", "onnx", "onnxscript")
     path = Path(path)
-    file = integer_file(model, example_input, dynamic_batch=dynamic_batch, batch=batch, forward=forward)
+    file = integer_file(model, example_input, **tracing)
     shrink(file)
     with replacing(path) as partial:
         partial.write_bytes(file.SerializeToString())
     return path
 
 
-def integer_file(model: nn.Module, example_input: Any, **options: Any) -> Any:
+def integer_file(model: nn.Module, example_input: Any, **tracing: Unpack[Tracing]) -> Any:
     """The ONNX model of a network of integer layers, with the nodes of each layer called ``layer/number``; see
     `write_int8_onnx`."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
     _check(layers)
-    file = real_file(model, example_input, **options)
+    file = real_file(model, example_input, **tracing)
     Rewriter(file.graph, layers).rewrite()
     return file
 
 
-def real_file(model: nn.Module, example_input: Any, **options: Any) -> Any:
+def real_file(model: nn.Module, example_input: Any, **tracing: Unpack[Tracing]) -> Any:
     """The ONNX model of the same graph in real numbers, with arbitrary weights in the place of integer layers'; nodes
     and results of these layers are called ``layer/...``."""
     import onnx
 
-    graph = trace(real_image(model), example_input, coded=False, **options)
+    graph = trace(real_image(model), example_input, coded=False, **tracing)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "real.onnx"
         write_graph(graph, path)

@@ -10,7 +10,8 @@ from torch import nn
 from efficientdnns.deployment import executorch, onnx, openvino, pt2
 from efficientdnns.deployment.decomposed import decomposed
 from efficientdnns.deployment.graph import Graph, trace
-from efficientdnns.deployment.int8_onnx import write_int8_onnx
+from efficientdnns.deployment.int8_onnx import may_saturate, write_int8_onnx
+from efficientdnns.deployment.processor import NOTE, lacks_vnni
 from efficientdnns.deployment.simulated import simulated
 from efficientdnns.errors import ModelError
 from efficientdnns.measurement.inference import Forward
@@ -37,7 +38,9 @@ def write_integers(format: str, graph: Graph, model: nn.Module, path: Path, forw
         return "exact integer arithmetic"
     try:
         _write(format, graph, model, path, forward)
-        return "computes in int8"
+        layers = (module for module in model.modules() if isinstance(module, IntegerLayer))
+        clips = format == "onnx" and lacks_vnni() and any(may_saturate(layer) for layer in layers)
+        return f"computes in int8; {NOTE}" if clips else "computes in int8"
     except ModelError as error:
         if format == "torchao":
             raise

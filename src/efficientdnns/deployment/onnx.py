@@ -6,17 +6,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from efficientdnns.deployment.extras import need
-from efficientdnns.deployment.files import replacing
-from efficientdnns.deployment.graph import Graph, Path_, first_line, quiet, trace, unflatten
-from efficientdnns.errors import DataError, FileFormatError, ModelError
-from efficientdnns.measurement.inference import Forward
+from efficientdnns.deployment.files import first_line, opening, replacing
+from efficientdnns.deployment.graph import Graph, Path_, Tracing, quiet, trace, unflatten
+from efficientdnns.deployment.processor import compute_exactly
+from efficientdnns.errors import DataError, ModelError
 
 OUTPUTS = "efficientdnns.outputs"
 """Key of the file's metadata under which the places of the outputs are kept."""
@@ -24,31 +24,19 @@ _FOLDED = 64
 """Elements up to which constants are computed when a file with coded weights is written: the rest is decoded on opening."""
 
 
-def write_onnx(
-    model: nn.Module,
-    example_input: Any,
-    path: Path,
-    *,
-    dynamic_batch: bool = True,
-    batch: int | None = None,
-    forward: Forward | None = None,
-) -> Path:
+def write_onnx(model: nn.Module, example_input: Any, path: Path, **tracing: Unpack[Tracing]) -> Path:
     """Write ``model`` as an ONNX file, atomically.
 
     Inputs are called ``input``, ``input.0``, ... or as in a mapping; outputs ``output``, ``output.0``, ... or as in the
     dictionary that the network returns. The first dimension is called ``batch`` and stays open where the network lets it.
     Weights beyond 2 GB lie beside the file in ``<name>.data``.
 
-    Args:
-        example_input: a tensor, a tuple (arguments) or a mapping (keywords).
-        dynamic_batch: leave the batch open; where the network computes with its size it is fixed all the same.
-        batch: the size of a fixed batch, by default that of ``example_input``.
-        forward: ``forward(model, inputs)`` where calling the model is not enough.
+    Args: ``example_input`` and ``tracing`` (``dynamic_batch``, ``batch``, ``forward``) as `trace` takes them.
 
     Raises:
         ConfigurationError: onnx or onnxscript is not installed. ModelError: the network cannot be traced or written.
     """
-    write_graph(trace(model, example_input, dynamic_batch=dynamic_batch, batch=batch, forward=forward), Path(path))
+    write_graph(trace(model, example_input, **tracing), Path(path))
     return Path(path)
 
 
@@ -73,7 +61,7 @@ def write_graph(graph: Graph, path: Path, calibration: Any = ()) -> None:
     except Exception as error:
         raise ModelError(f"torch.onnx cannot write this network: {_cause(error)}") from error
     program.model.metadata_props[OUTPUTS] = json.dumps(graph.places)
-    _tidy(program.model)
+    _tidy(program.model, graph.dynamic_batch)
     with replacing(path) as partial:
         program.save(partial)
 
@@ -87,16 +75,13 @@ class OnnxNetwork:
         need("onnx", "onnxruntime")
         import onnxruntime
 
-        if not Path(path).is_file():
-            raise FileFormatError(f"{path} is no file; give an ONNX file")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        try:
+        compute_exactly(options)
+        with opening(path, "an ONNX file", "ONNX Runtime"):
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise FileFormatError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
         kept = self.session.get_modelmeta().custom_metadata_map.get(OUTPUTS)
@@ -109,11 +94,6 @@ class OnnxNetwork:
         return unflatten(self.places, [torch.from_numpy(array) for array in found])
 
 
-def open_file(path: Path, threads: int | None = None) -> OnnxNetwork:
-    """See `open_onnx`."""
-    return OnnxNetwork(path, threads)
-
-
 def open_onnx(path: Path, threads: int | None = None) -> OnnxNetwork:
     """Open an ONNX file with ONNX Runtime (CPU) and return a function of inputs: tensors in, tensors out.
 
@@ -124,6 +104,9 @@ def open_onnx(path: Path, threads: int | None = None) -> OnnxNetwork:
         ConfigurationError: onnxruntime is not installed. FileFormatError: no ONNX file, or one it cannot run.
     """
     return OnnxNetwork(Path(path), threads)
+
+
+open_file = open_onnx
 
 
 def feed(names: Sequence[str], inputs: Any) -> dict[str, Any]:
@@ -144,10 +127,11 @@ def _array(value: Any) -> Any:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
 
 
-def _tidy(model: Any) -> None:
-    """Call the open dimension 'batch' and leave out notes about where each node came from, which are half of a small
+def _tidy(model: Any, dynamic_batch: bool) -> None:
+    """Call an open batch 'batch' and leave out notes about where each node came from, which are half of a small
     file and hold paths of the machine that wrote it."""
-    symbol = next((str(d) for value in model.graph.inputs for d in value.shape if not isinstance(d, int)), None)
+    symbols = (str(d) for value in model.graph.inputs for d in value.shape if not isinstance(d, int))
+    symbol = next(symbols, None) if dynamic_batch else None
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     for value in values:
         for axis, size in enumerate(value.shape or ()):

@@ -16,9 +16,9 @@ import torch
 
 from efficientdnns.deployment import onnx
 from efficientdnns.deployment.extras import need
-from efficientdnns.deployment.files import replacing
-from efficientdnns.deployment.graph import Graph, Path_, first_line, unflatten
-from efficientdnns.errors import FileFormatError, ModelError
+from efficientdnns.deployment.files import first_line, opening, replacing
+from efficientdnns.deployment.graph import Graph, Path_, unflatten
+from efficientdnns.errors import ModelError
 
 _OUTPUTS = ["efficientdnns", "outputs"]
 
@@ -57,18 +57,14 @@ class OpenvinoNetwork:
         need("openvino", "openvino")
         import openvino
 
-        if not path.is_file():
-            raise FileFormatError(f"{path} is no file; give OpenVINO's .xml file")
         options = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
-        try:
+        with opening(path, "OpenVINO's .xml file", "OpenVINO"):
             model = openvino.Core().read_model(path)
             self.places = [tuple(place) for place in json.loads(model.get_rt_info(_OUTPUTS).astype(str))]
             self.inputs = [value.any_name for value in model.inputs]
             self.compiled = openvino.compile_model(model, "CPU", options)
-        except Exception as error:
-            raise FileFormatError(f"OpenVINO cannot open {path}: {first_line(error)}") from error
 
     def __call__(self, inputs: Any) -> Any:
         """The outputs: a tensor, or tuples and named outputs of them."""

@@ -9,37 +9,29 @@ from __future__ import annotations
 import operator
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from efficientdnns.deployment.files import replacing
-from efficientdnns.deployment.graph import Graph, arguments, first_line, quiet, trace
-from efficientdnns.errors import FileFormatError, ModelError
-from efficientdnns.measurement.inference import Forward
+from efficientdnns.deployment.files import first_line, opening, replacing
+from efficientdnns.deployment.graph import Graph, Tracing, arguments, quiet, trace
+from efficientdnns.errors import ModelError
 
 _EMPTY = torch.fx.Graph()
 _KEPT = ("val", "tensor_meta")
 """What a node must remember to be written; the rest says where it came from."""
 
 
-def write_pt2(
-    model: nn.Module,
-    example_input: Any,
-    path: Path,
-    *,
-    dynamic_batch: bool = True,
-    batch: int | None = None,
-    forward: Forward | None = None,
-) -> Path:
-    """Write ``model`` with ``torch.export``, atomically. The arguments are those of `write_onnx`.
+def write_pt2(model: nn.Module, example_input: Any, path: Path, **tracing: Unpack[Tracing]) -> Path:
+    """Write ``model`` with ``torch.export``, atomically.
+
+    Args: ``example_input`` and ``tracing`` (``dynamic_batch``, ``batch``, ``forward``) as `trace` takes them.
 
     Raises:
         ModelError: the network cannot be traced or written.
     """
-    graph = trace(model, example_input, dynamic_batch=dynamic_batch, batch=batch, forward=forward)
-    write_graph(graph, Path(path))
+    write_graph(trace(model, example_input, **tracing), Path(path))
     return Path(path)
 
 
@@ -64,11 +56,6 @@ def write_graph(graph: Graph, path: Path, calibration: Any = ()) -> None:
         _deflate(partial)
 
 
-def open_file(path: Path, threads: int | None = None) -> nn.Module:
-    """See `open_pt2`."""
-    return Pt2Network(path)
-
-
 def open_pt2(path: Path, threads: int | None = None) -> nn.Module:
     """Open a ``.pt2`` file as a module; what it computes from constants alone (weights that are decoded) is computed now.
 
@@ -80,6 +67,9 @@ def open_pt2(path: Path, threads: int | None = None) -> nn.Module:
     return Pt2Network(Path(path))
 
 
+open_file = open_pt2
+
+
 class Pt2Network(nn.Module):
     """An opened ``.pt2`` file, called with inputs as the task has them."""
 
@@ -87,14 +77,10 @@ class Pt2Network(nn.Module):
 
     def __init__(self, path: Path, fold: bool = True) -> None:
         super().__init__()
-        if not path.is_file():
-            raise FileFormatError(f"{path} is no file; give a .pt2 file")
-        try:
-            with quiet():
-                program = torch.export.load(path)
-                self.graph = folded(program.module()) if fold else program.module()
-        except Exception as error:
-            raise FileFormatError(f"PyTorch cannot open {path}: {first_line(error)}") from error
+        with opening(path, "a .pt2 file", "PyTorch"), quiet():
+            _know_operations(path)
+            program = torch.export.load(path)
+            self.graph = folded(program.module()) if fold else program.module()
 
     def forward(self, inputs: Any) -> Any:
         """See the class."""
@@ -126,6 +112,13 @@ def folded(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+def _know_operations(path: Path) -> None:
+    """Load torchvision where the graph has operations of it (a detector's), so that PyTorch knows them."""
+    with zipfile.ZipFile(path) as archive:
+        if any(b"torchvision." in archive.read(name) for name in archive.namelist() if name.endswith(".json")):
+            import torchvision  # noqa: F401
 
 
 def _deflate(path: Path) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 
 from efficientdnns.deployment import pt2
 from efficientdnns.deployment.extras import need
-from efficientdnns.deployment.graph import Graph, arguments, first_line, quiet, shapes_of
+from efficientdnns.deployment.files import first_line
+from efficientdnns.deployment.graph import Graph, arguments, quiet, shapes_of
 from efficientdnns.errors import ConfigurationError, ModelError
 
 BATCHES = 16

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from efficientdnns.data.nested import to_device
+from efficientdnns.data.outputs import class_logits
 from efficientdnns.data.split import Batch
 from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.method import Need, Network, Paper, TrainingMethod
@@ -108,7 +109,8 @@ class KnowledgeDistillation(TrainingMethod):
             + w_{hard} \, CE(y, \mathrm{softmax}(z))
 
     Without ``student`` the session's own network is trained, which repairs a pruned or quantized network against the
-    original; with it a fresh student of that architecture takes the network's place. A list of teachers is an
+    original; with it a fresh student of that architecture takes the network's place. In segmentation every pixel is a
+    sample, and an auxiliary output learns from the labels alone. A list of teachers is an
     ensemble, whose distributions are averaged. Labels are not needed where ``hard_weight`` is 0 or the data has none.
 
     Missing classes (section 3): the student's bias for a class that the transfer set lacks comes out too low;
@@ -164,6 +166,11 @@ class KnowledgeDistillation(TrainingMethod):
         for teacher in self.teachers:
             check_trained(teacher)
         task, chosen = session.task, self.correct_bias_classes
+        if task.kind == "detection":
+            raise ConfigurationError(
+                "knowledge-distillation matches distributions over classes, and a detector in training gives losses; "
+                "fine-tune it with fit instead"
+            )
         if not chosen:
             return
         if task.calibration is None or not task.calibration.has_labels or task.num_classes is None:
@@ -198,11 +205,13 @@ class Distillation(Callback):
     def task_loss(self, trainer: Trainer, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
         method = self.method
         with torch.no_grad():
-            logits = [trainer.task.outputs(teacher, batch.inputs) for teacher in self.teachers]
+            found = [trainer.task.outputs(teacher, batch.inputs) for teacher in self.teachers]
+            logits = [class_logits(trainer.task.kind, outputs) for outputs in found]
             targets = ensemble_soft_targets(logits, method.temperature, method.ensemble_mean)
             self.entropy = self.entropy + entropy(targets.float()).sum()
             self.samples += targets.shape[:-1].numel()
-        return method.soft_weight * soft_target_loss(outputs, targets, method.temperature) + method.hard_weight * loss
+        soft = soft_target_loss(class_logits(trainer.task.kind, outputs), targets, method.temperature)
+        return method.soft_weight * soft + method.hard_weight * loss
 
     def finish(self, trainer: Trainer) -> None:
         if self.samples:

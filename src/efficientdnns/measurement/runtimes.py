@@ -174,6 +174,7 @@ def open_session(path: Path, threads: int, profile: Path | None = None, optimize
         ConfigurationError: onnxruntime is not installed. FileFormatError: it cannot open the file.
     """
     from efficientdnns.deployment.extras import need
+    from efficientdnns.deployment.processor import compute_exactly
 
     need("onnx", "onnxruntime")
     import onnxruntime
@@ -183,6 +184,7 @@ def open_session(path: Path, threads: int, profile: Path | None = None, optimize
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Threads of one session would go on spinning while the other network has its turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    compute_exactly(options)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimized is not None:
