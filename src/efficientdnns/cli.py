@@ -17,7 +17,9 @@ import efficientdnns as ed
 from efficientdnns import method as registry
 from efficientdnns.deployment.saved import export_saved
 from efficientdnns.errors import ConfigurationError, EfficientDNNsError
+from efficientdnns.from_scratch import from_scratch_table, of_result
 from efficientdnns.recipe import Recipe, parse_method_text
+from efficientdnns.reporting import compare, compare_page, compare_table, read, report_page, write_page
 from efficientdnns.reproduce import recorded, reproduce_all
 from efficientdnns.run import make_model, make_task, run
 from efficientdnns.side_by_side import listed, numbers, side_by_side
@@ -235,6 +237,54 @@ def export_command(
     console.print(f"written to {exported.path}: {exported}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("report")
+def report_command(
+    result: Annotated[Path, typer.Argument(metavar="DIR")],
+    out: Annotated[Path | None, typer.Option("--out", help="file to write, by default report.html in DIR")] = None,
+) -> None:
+    """Write the page of a saved result: one file that works offline."""
+    path = write_page(out or result / "report.html", report_page(read(result)))
+    console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("compare")
+def compare_command(
+    results: Annotated[list[Path], typer.Argument(metavar="DIR...")],
+    out: Annotated[Path | None, typer.Option("--out", help="page to write, e.g. compare.html")] = None,
+    scratch: Annotated[
+        bool,
+        typer.Option("--from-scratch", help="train each network's untrained twin: was what it inherited worth it?"),
+    ] = False,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="with --from-scratch: epochs of the dense network's training")
+    ] = 20,
+    fine_tune_epochs: Annotated[int, typer.Option(min=1, help="with --from-scratch: epochs of fine-tuning")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="with --from-scratch: seeds; three or more for a verdict")] = 3,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Set results beside each other: the metric against bytes, MACs and latency; runs of several seeds are one."""
+    if scratch:
+        lengths = {"epochs": epochs, "fine_tune_epochs": fine_tune_epochs}
+        found = {str(d): of_result(d, **lengths, seeds=range(seeds), quiet=quiet or json) for d in results}
+        if json:
+            print_json({name: data.model_dump() for name, data in found.items()})
+            return
+        for name, data in found.items():
+            console.print(from_scratch_table(name, data))
+        return
+    comparison = compare(results)
+    path = write_page(out, compare_page(comparison)) if out else None
+    if json:
+        print_json(comparison.data())
+        return
+    console.print(compare_table(comparison))
+    for warning in comparison.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    if path:
+        console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command("reproduce")
 def reproduce_command(
     name: Annotated[str, typer.Argument(metavar="ID")],
@@ -313,7 +363,7 @@ def execute(
     console.print(result.table())
     for note in result.notes():
         console.print(note, markup=False, highlight=False)
-    console.print(f"written to {out}", highlight=False)
+    console.print(f"written to {out}; open {out / 'report.html'} in a browser", highlight=False, soft_wrap=True)
 
 
 def methods_markdown(cards: list[dict[str, Any]]) -> str:

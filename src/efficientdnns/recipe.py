@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,16 @@ class Recipe:
         """Read a recipe from text; ``source`` names it in errors."""
         return cls.from_node(compose(text, source), source)
 
+    def as_data(self) -> dict[str, Any]:
+        """The recipe as plain data: what was stated, without the defaults. `text` of it can be run again."""
+        data: dict[str, Any] = {"description": self.description} if self.description else {}
+        data |= {key: _short(value) for key, value in (("model", self.model), ("task", self.task))}
+        data |= {"seed": self.seed}
+        data |= {"budget": limits} if (limits := self.budget.as_data()) else {}
+        data |= {"training": stated} if (stated := self.training.model_dump(exclude_unset=True)) else {}
+        data["methods"] = [_stated(method) for method in self.methods]
+        return json.loads(json.dumps(data, default=lambda value: type(value).__name__))
+
     @classmethod
     def from_node(cls, node: yaml.Node | None, source: str) -> Recipe:
         """Read a recipe from a composed YAML node."""
@@ -82,10 +94,45 @@ class Recipe:
         )
 
 
+def text(recipe: dict[str, Any]) -> str:
+    """A recipe as data (`Recipe.as_data`) in YAML, the fields of a method on one line where they fit."""
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _short(value: dict[str, Any]) -> Any:
+    return value["name"] if value.keys() == {"name"} else value
+
+
+def _stated(method: Method) -> Any:
+    """A method as a recipe writes it."""
+    if isinstance(method, Together):
+        return {"together": [_stated(member) for member in method.methods]}
+    stated = {key: value for key, value in method.fields_as_data().items() if key in method.model_fields_set}
+    return {method.name: stated} if stated else method.name
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without base-60 numbers: 2:4 is text, not 124."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_INTEGER = r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"
+_FLOAT = (
+    r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+)
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INTEGER), list("-+0123456789"))
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
 def compose(text: str, source: str) -> yaml.Node | None:
     """The YAML node of a text, with one line on what is not YAML."""
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -96,7 +143,7 @@ def compose(text: str, source: str) -> yaml.Node | None:
 
 def construct(node: yaml.Node) -> Any:
     """The plain value of a node; nothing but data can come out of it."""
-    loader = yaml.SafeLoader("")
+    loader = Loader("")
     try:
         return loader.construct_document(node)
     except yaml.YAMLError as error:

@@ -24,6 +24,7 @@ from efficientdnns.errors import FileFormatError, ModelError
 from efficientdnns.measurement.compare import Comparison
 from efficientdnns.measurement.latency import Speedup
 from efficientdnns.measurement.profile import Profile
+from efficientdnns.reporting.report import report_page
 from efficientdnns.storage import build_hollow, fill, hollow, trim
 from efficientdnns.surgery.structure import apply_difference, difference
 
@@ -61,6 +62,8 @@ class Report(BaseModel):
     speedup: dict[str, Any] | None = None
     latencies: list[Comparison] = []
     """Latency before and after in every runtime that was asked for, beside the ratio of MACs."""
+    recipe: dict[str, Any] | None = None
+    """What was asked for, as a recipe states it (`Recipe.as_data`)."""
     reload_exact: bool | None = None
     inputs: Any = None
     """What the network's inputs look like (`efficientdnns.deployment.inputs.describe`)."""
@@ -176,7 +179,8 @@ class Result:
         return self.table()
 
     def save(self, directory: str | Path, exports: Sequence[str] = DEFAULT) -> Path:
-        """Write ``model.safetensors``, ``structure.json`` and ``report.json``, each atomically; then load them again.
+        """Write ``model.safetensors``, ``structure.json``, ``report.json`` and ``report.html``, each atomically; the network
+        is loaded again.
 
         ``model.pt2`` and ``model.onnx`` come with them, for runtimes that do not have this library: opened again,
         compared on the task's inputs, the metric evaluated on the ONNX file too. One that cannot be made does not fail
@@ -206,6 +210,7 @@ class Result:
         self.report.inputs = None if self.example_input is None else describe(self.example_input)
         self.report.exports = self._export(directory, exports)
         _write(directory / "report.json", self.report.model_dump_json(indent=1))
+        _write(directory / "report.html", report_page(self.report))
         return directory
 
     def samples(self, count: int) -> Any:
@@ -231,7 +236,8 @@ class Result:
         )
         exports = []
         for exported, network in found:
-            if network is not None and exported.format == "onnx" and self.task is not None and self.task.has_labels:
+            evaluated = exported.format == "onnx" and exported.sizes is None
+            if network is not None and evaluated and self.task is not None and self.task.has_labels:
                 metric = metric_of_file(self.task, network, self.model, self.after.metric, self.after.macs)
                 exported = exported.model_copy(update={"metric": metric})
             exports.append(exported)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def run(
         latency=latency,
         runtimes=runtimes,
     )
+    result.report.recipe = replace(recipe, seed=seed).as_data()
     state = PartialState()  # under `accelerate launch` every process has the result, one writes it
     if state.is_main_process:
         result.save(out)

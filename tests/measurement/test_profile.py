@@ -28,8 +28,9 @@ class StubTask:
 def _sizes(monkeypatch):
     """Four bytes an element, one where a codec is given."""
     coding = types.ModuleType("efficientdnns.coding")
-    coding.weights_size = lambda state, codecs: sum(  # type: ignore[attr-defined]
-        value.numel() * (1 if name in codecs else 4) for name, value in state.items()
+    coding.weights_layout = lambda state, codecs: (  # type: ignore[attr-defined]
+        sum(tensor.numel() * (1 if name in codecs else 4) for name, tensor in state.items()),
+        [],
     )
     monkeypatch.setitem(sys.modules, "efficientdnns.coding", coding)
 
@@ -53,7 +54,7 @@ def test_everything_is_measured_and_the_model_is_left_alone():
 
 def test_the_report_has_the_documented_fields():
     data = profile(network(4), StubTask(), threads=1).model_dump(mode="json")
-    assert set(data) == {"metric", "params", "nonzero_params", "macs", "bytes", "latency_ms", "peak_memory"}
+    assert set(data) == {"metric", "params", "nonzero_params", "macs", "bytes", "latency_ms", "peak_memory", "by_layer"}
     assert {"name", "value", "split", "n"} <= set(data["metric"])
     assert {"median", "p10", "p90", "runtime", "threads", "batch"} <= set(data["latency_ms"])
     assert Profile.model_validate(data).macs == 40

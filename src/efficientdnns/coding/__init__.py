@@ -23,6 +23,7 @@ from .file import (
     map_weights,
     merge_zeros,
     save_weights,
+    weights_layout,
     weights_size,
 )
 from .huffman import canonical_codes, huffman_decode, huffman_encode, huffman_lengths
@@ -69,5 +70,6 @@ __all__ = [
     "shared_weight_bits",
     "unpack_bits",
     "unpack_bools",
+    "weights_layout",
     "weights_size",
 ]

@@ -89,8 +89,16 @@ def weights_size(state: Mapping[str, Tensor], codecs: Mapping[str, CodecChoice] 
     """Return the size in bytes of the file that :func:`save_weights` would write: it is written to a temporary folder
     and decoded.
     """
+    return weights_layout(state, codecs)[0]
+
+
+def weights_layout(
+    state: Mapping[str, Tensor], codecs: Mapping[str, CodecChoice] | None = None
+) -> tuple[int, list[TensorInfo]]:
+    """Like :func:`weights_size`, with what :func:`describe_weights` says of that file."""
     with tempfile.TemporaryDirectory() as folder:
-        return save_weights(Path(folder) / "model.safetensors", state, codecs)
+        path = Path(folder) / "model.safetensors"
+        return save_weights(path, state, codecs), describe_weights(path)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

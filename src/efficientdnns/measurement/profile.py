@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from efficientdnns.data.metric import MetricValue
+from efficientdnns.measurement.by_layer import LayerSize, layer_sizes
 from efficientdnns.measurement.inference import with_batch
 from efficientdnns.measurement.latency import Latency, Speedup, measure_latency, speedup
 from efficientdnns.measurement.macs import count_macs
@@ -67,6 +68,8 @@ class Profile(BaseModel):
     latency_ms: Latency | None = None
     peak_memory: int | None = None
     """Bytes of live tensors at the peak of a forward pass of one sample."""
+    by_layer: list[LayerSize] = []
+    """Where they lie, in the order of the network's modules."""
 
     def ratio(self, after: Profile) -> ProfileRatio:
         """Compare this profile, the one before, with the one ``after``."""
@@ -167,16 +170,19 @@ def profile_many(
     return profiles, latencies
 
 
-def _statics(model: nn.Module, task: Measurable, codecs: Mapping[str, Any] | None) -> dict[str, int]:
+def _statics(model: nn.Module, task: Measurable, codecs: Mapping[str, Any] | None) -> dict[str, Any]:
     """The figures that are the same on every machine."""
-    from efficientdnns.coding import weights_size
+    from efficientdnns.coding import weights_layout
 
     sample = with_batch(task.example_input, 1)
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    macs = count_macs(model, sample, task.outputs)
+    size, tensors = weights_layout(state, dict(codecs or {}))
     return {
         "params": parameter_count(model),
         "nonzero_params": nonzero_parameters(model),
-        "macs": count_macs(model, sample, task.outputs).total,
-        "bytes": weights_size(state, dict(codecs or {})),
+        "macs": macs.total,
+        "bytes": size,
         "peak_memory": peak_memory(model, sample, task.outputs),
+        "by_layer": layer_sizes(model, macs.by_module, tensors),
     }

@@ -36,26 +36,25 @@ def parameter_count(model: nn.Module) -> int:
     Raises:
         ModelError: a module names a weight buffer that it does not have.
     """
-    return sum(
-        part.numel() if isinstance(part, Tensor) else part.count_parameters()[0] for part in _parts(model, set())
-    )
+    return sum(part.numel() if isinstance(part, Tensor) else part.count_parameters()[0] for _, part in parts(model))
 
 
 def nonzero_parameters(model: nn.Module) -> int:
     """Return the number of weights that are not zero, of those that :func:`parameter_count` counts."""
     return sum(
         int(torch.count_nonzero(part.detach())) if isinstance(part, Tensor) else part.count_parameters()[1]
-        for part in _parts(model, set())
+        for _, part in parts(model)
     )
 
 
-def _parts(module: nn.Module, seen: set[object]) -> Iterator[Tensor | CountsParameters]:
-    """Every weight tensor and every module that counts itself, each once."""
+def parts(module: nn.Module, seen: set[object] | None = None) -> Iterator[tuple[nn.Module, Tensor | CountsParameters]]:
+    """Every weight tensor and every module that counts itself, each once, with the module that holds it."""
+    seen = set() if seen is None else seen
     if id(module) in seen:
         return
     seen.add(id(module))
     if isinstance(module, CountsParameters):
-        yield module
+        yield module, module
         return
     tensors: list[Tensor] = [tensor for tensor in module._parameters.values() if tensor is not None]
     for name in getattr(module, "weight_buffers", ()):
@@ -70,9 +69,9 @@ def _parts(module: nn.Module, seen: set[object]) -> Iterator[Tensor | CountsPara
         key = _identity(tensor)
         if key not in seen:
             seen.add(key)
-            yield tensor
+            yield module, tensor
     for child in module.children():
-        yield from _parts(child, seen)
+        yield from parts(child, seen)
 
 
 def _identity(tensor: Tensor) -> object:

@@ -55,21 +55,31 @@ class Trainer:
         checkpoint: Path | None = None,
         progress: Progress | None = None,
         validate: bool = True,
+        start: int = 0,
+        until: int | None = None,
     ) -> None:
-        if task.train is None:
+        """Data, settings and hooks of one run of ``epochs`` epochs.
+
+        With ``start`` and ``until`` (optimizer steps) only that stretch of it is run: schedule and data order are those
+        of the whole.
+        """
+        # A run of no epochs (a method that may work at once) draws no batch.
+        split = task.train if task.train is not None or epochs else task.evaluation
+        if split is None:
             raise DataError(f"{label} needs training data, but task '{task.name}' has none; give a train split")
         self.model, self.task, self.callbacks = model, task, list(callbacks)
         self.epochs, self.settings, self.seed, self.label = epochs, settings or TrainingSettings(), seed, label
         self.accelerator, self.checkpoint, self.progress = accelerator, checkpoint, progress or Progress(quiet=True)
         self.validate = validate and task.calibration is not None and task.has_labels
         self.device: torch.device = accelerator.device
-        self.train_split = task.train
+        self.train_split = split
         self.samples = len(self.train_split)
         self.steps_per_epoch = self.train_split.number_of_batches(
             self.settings.batch_size, world_size=accelerator.num_processes, drop_last=self._drop_last
         )
         self.total_steps = max(1, self.steps_per_epoch * epochs)
-        self.epoch, self.step = 0, 0
+        self.epoch, self.step = start // max(1, self.steps_per_epoch), start
+        self.until = self.total_steps if until is None else until
         self.history: list[dict[str, Any]] = []
         self.batch: Batch | None = None
         self.outputs: Any = None
@@ -101,7 +111,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.start(self)
         with self.progress.task(self.label, self.epochs * self.steps_per_epoch, done=self.step) as bar:
-            while self.epoch < self.epochs:
+            while self.epoch < self.epochs and self.step < self.until:
                 self._train_epoch(bar)
         self.model.eval()
         for callback in sorted(self.callbacks, key=lambda callback: callback.structural):
@@ -165,7 +175,12 @@ class Trainer:
             drop_last=self._drop_last,
         )
         step = self._own_step or (lambda _, batch: self.training_step(batch))
+        # Empty but in a run that starts within an epoch.
+        for _ in zip(range(self.step - self.epoch * self.steps_per_epoch), batches):
+            pass
         for batch in batches:
+            if self.step >= self.until:
+                break
             batch = to_device(batch, self.device)
             for callback in self._hooks["batch"]:
                 batch = callback.batch(self, batch)
@@ -180,6 +195,7 @@ class Trainer:
             callback.epoch_end(self)
         entry = {"run": self.label, "epoch": self.epoch + 1, "loss": total.item() / max(1, count)}
         entry["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        entry["steps"], entry["step_seconds"] = count, (time.perf_counter() - started) / max(1, count)
         if self.validate:
             with ExitStack() as deployed:
                 for callback in self._hooks["validation"]:
