@@ -101,8 +101,8 @@ def compress(
 
     records = _run(session, steps)
     result = _measured(session, records, latency=latency, threads=threads, runtimes=runtimes)
-    named = {"model": {"name": result.report.model}, "task": {"name": task.name}}
-    result.report.recipe = Recipe(**named, methods=steps, training=settings, budget=budget, seed=seed).as_data()
+    model_name, task_name = {"name": result.report.model}, {"name": task.name}
+    result.report.recipe = Recipe(model_name, task_name, steps, settings, budget, seed).as_data()
     return result
 
 

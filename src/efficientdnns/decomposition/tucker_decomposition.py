@@ -18,6 +18,7 @@ from efficientdnns.measurement.size import nonzero_parameters
 from efficientdnns.method import Method, Need, Paper
 from efficientdnns.parts.budgets import check_patterns, limits_of, matches, meet, require_reachable
 from efficientdnns.parts.evbmf import evbmf
+from efficientdnns.parts.factorable import layers_of
 from efficientdnns.parts.low_rank import (
     Layer,
     replace_everywhere,
@@ -69,26 +70,6 @@ def tucker2(
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
-
-
-def layers_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers that can be decomposed, by name, and why the other convolutions and linear layers cannot."""
-    fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    inside = {id(part) for module in model.modules() if isinstance(module, fused) for part in module.modules()}
-    able: dict[str, Layer] = {}
-    unable: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
-            continue
-        if id(module) in inside:
-            unable[name] = "read by a fused kernel"
-        elif type(module) not in (nn.Conv2d, nn.Linear):
-            unable[name] = f"a {type(module).__name__}"
-        elif getattr(module, "groups", 1) > 1:
-            unable[name] = "grouped"
-        else:
-            able[name] = module  # type: ignore[assignment]
-    return able, unable
 
 
 def full_ranks(layer: Layer) -> tuple[int, ...]:

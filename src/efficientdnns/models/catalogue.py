@@ -14,7 +14,7 @@ from efficientdnns.models.lenet import LeNet5, LeNet5Original, LeNet300, lenet5_
 from efficientdnns.models.perceptron import MLP
 from efficientdnns.models.recurrent import CharLSTM
 from efficientdnns.models.transformer import SIZES, Transformer
-from efficientdnns.models.vgg import cifar_vgg16, vgg_small
+from efficientdnns.models.vgg import cifar_vgg16, small_vgg, vgg_small
 from efficientdnns.models.wide_resnet import WideResNet
 
 
@@ -37,6 +37,7 @@ CATALOGUE: dict[str, Entry] = {
         f"cifar-resnet{depth}": Entry(partial(cifar_resnet, depth), f"ResNet-{depth} for CIFAR, 16-32-64 channels")
         for depth in (20, 32, 44, 56, 110)
     },
+    "small-vgg": Entry(small_vgg, "convolutions 16, 32, 32 with batch norm, one linear layer, 28 x 28"),
     "vgg-small": Entry(vgg_small, "convolutions 2 x 128, 2 x 256, 2 x 512 with batch norm, one linear layer, 32 x 32"),
     "cifar-vgg16": Entry(cifar_vgg16, "VGG-16 with batch norm for CIFAR: 13 convolutions, one linear layer"),
     "wide-resnet": Entry(WideResNet, "pre-activation wide ResNet of depth 6n + 4"),

@@ -29,7 +29,8 @@ class MLP(nn.Module):
     ``hidden`` lists the widths; without it there are ``depth`` layers of ``width``. ``init`` is ``torch`` (its
     default), ``xavier``, ``he`` or ``orthogonal``, the last three with zero biases; ``activation`` is ``relu``,
     ``leaky-relu``, ``tanh`` or ``sigmoid``. ``dropout`` is one rate for every hidden layer, or a list of rates for the
-    input and each hidden layer.
+    input and each hidden layer. ``output`` is an activation of the outputs: with ``sigmoid``, and ``num_classes`` the
+    number of inputs, it is an autoencoder of values in [0, 1].
     """
 
     def __init__(
@@ -42,10 +43,13 @@ class MLP(nn.Module):
         activation: str = "relu",
         init: str = "torch",
         dropout: float | Sequence[float] = 0.0,
+        output: str | None = None,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ModelError(f"activation is '{activation}'{suggest(activation, ACTIVATIONS)}")
+        if output is not None and output not in ACTIVATIONS:
+            raise ModelError(f"output is '{output}'{suggest(output, ACTIVATIONS)}")
         if init not in INITS:
             raise ModelError(f"init is '{init}'{suggest(init, INITS)}")
         widths = [in_features, *(hidden if hidden is not None else [width] * depth)]
@@ -60,7 +64,8 @@ class MLP(nn.Module):
                 layers.append(nn.Dropout(rates[index]))
             if index + 1 < len(widths):
                 layers += [nn.Linear(features, widths[index + 1]), ACTIVATIONS[activation]()]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
+        layers.append(nn.Linear(widths[-1], num_classes))
+        self.layers = nn.Sequential(*layers, *([ACTIVATIONS[output]()] if output else []))
         if (initialise := INITS[init]) is not None:
             for module in self.layers:
                 if isinstance(module, nn.Linear):

@@ -51,3 +51,8 @@ def cifar_vgg16(num_classes: int = 10, in_channels: int = 3, width: float = 1.0)
     """VGG-16 with batch norm as the pruning papers use it on CIFAR: 13 convolutions and one linear layer from 512;
     14.7 million parameters."""
     return VGG(SIXTEEN, num_classes, in_channels, width, final_size=1)
+
+
+def small_vgg(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> VGG:
+    """Convolutions of 16, 32 and 32 channels with batch norm, a pool after each, linear from 3 x 3 x 32; takes 28 x 28."""
+    return VGG((16, 0, 32, 0, 32, 0), num_classes, in_channels, width, final_size=3)

@@ -64,17 +64,19 @@ class ChannelGates:
     ) -> None:
         self.model, self.gates, self.straight_through = model, dict(gates), straight_through
         self._readers: dict[str, list[tuple[str, Tensor]]] = {}
+        self._inputs: dict[str, int] = {}
         self._handles: list[Any] = []
         for group in groups:
             for member in group.members:
                 if member.role == "in":
                     self._readers.setdefault(member.module, []).append((group.name, member.index))
+                    self._inputs[member.module] = model.get_parameter(member.tensor).shape[member.dim]
 
     def attach(self) -> ChannelGates:
         """Gates act from now on."""
         for name, parts in self._readers.items():
             module = self.model.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(self._hook(module, parts)))
+            self._handles.append(module.register_forward_pre_hook(self._hook(module, parts, self._inputs[name])))
         return self
 
     def detach(self) -> None:
@@ -83,10 +85,8 @@ class ChannelGates:
             handle.remove()
         self._handles = []
 
-    def _hook(self, module: nn.Module, parts: list[tuple[str, Tensor]]) -> Any:
+    def _hook(self, module: nn.Module, parts: list[tuple[str, Tensor]], inputs: int) -> Any:
         linear = isinstance(module, nn.Linear)
-        inputs = module.weight.shape[1]
-        assert isinstance(inputs, int)
         whole = len(parts) == 1 and torch.equal(parts[0][1].flatten(), torch.arange(inputs))
         dims = 0 if linear else module.weight.dim() - 2  # type: ignore[operator]
 

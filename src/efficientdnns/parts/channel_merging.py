@@ -49,7 +49,9 @@ def incoming_weights(model: nn.Module, graph: ChannelGraph, group: Group) -> tup
 
     Where several layers write the same channels (a residual stream) their weights stand side by side.
     """
-    tensors = {name: t.detach() for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    tensors = {
+        name: t.detach() for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    }
     weights, biases = [], []
     for member in group.members:
         if member.role != "out" or member.tensor not in tensors:

@@ -41,6 +41,8 @@ class ChannelOptions(Method):
 
     kind: ClassVar[str] = "pruning"
     budgets: ClassVar[frozenset[str]] = frozenset({"macs", "params", "bytes", "latency"})
+    comparable: ClassVar[bool] = False
+    """Whether the method's scores of different groups mean the same: ``scope=global`` then compares them as they are."""
 
     pruning_ratio: Ratio = 0.5
     """Share of channels removed; solved for when the run has a budget."""
@@ -63,9 +65,13 @@ class ChannelOptions(Method):
 
     def offer(self, scores: Scores) -> Widths:
         """The widths to choose from."""
-        return Widths.of(scores, scope=self.scope, round_to=self.round_to, ratios=self.ratios)
+        return Widths.of(
+            scores, scope=self.scope, round_to=self.round_to, ratios=self.ratios, comparable=self.comparable
+        )
 
-    def plan(self, session: Session, graph: ChannelGraph, groups: Sequence[Group], scores: Scores | None = None) -> Plan:
+    def plan(
+        self, session: Session, graph: ChannelGraph, groups: Sequence[Group], scores: Scores | None = None
+    ) -> Plan:
         """How many channels every group keeps: what the budget allows, or all but the share ``pruning_ratio``.
 
         With one ratio for every group no scores are needed, for what a network costs depends on how many channels stay.
@@ -195,6 +201,19 @@ def silence(model: nn.Module, group: Group, units: Tensor) -> None:
         if member.role == "in":
             tensor = tensors[member.tensor]
             tensor.index_fill_(member.dim, member.index[units].flatten().to(tensor.device), 0.0)
+
+
+def unit_masks(model: nn.Module, groups: Sequence[Group], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks by parameter name that zero everything that makes the channels ``gone`` (group name -> indices)."""
+    masks: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for group in groups:
+        for member in group.members:
+            if member.role != "in" and member.tensor in parameters and len(gone.get(group.name, ())):
+                mask = masks.setdefault(member.tensor, torch.ones_like(parameters[member.tensor]))
+                rows = member.index[gone[group.name]].flatten().to(mask.device)
+                mask.index_fill_(member.dim, rows, 0.0)
+    return masks
 
 
 @torch.no_grad()

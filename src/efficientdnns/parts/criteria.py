@@ -73,19 +73,31 @@ def channel_scores(
     if criterion == "group-norm":
         return {group.name: group_importance(group, parameters).cpu() for group in groups}
     if criterion == "taylor":
-        products = {n: (p * _gradient(gradients, n)).abs() for n, p in parameters.items() if n in (gradients or {})}
+        if gradients is None:
+            raise ConfigurationError("the criterion 'taylor' needs gradients; give those of loss_gradients")
+        made = {n: p for n, p in _made(groups, parameters).items() if n in gradients}
+        products = {n: (p * gradients[n]).abs() for n, p in made.items()}
         return {group.name: group.reduce(products).cpu() for group in groups}
     if criterion == "geometric-median":
         vectors = {group.name: unit_rows(group, parameters).double() for group in groups}
         return {name: torch.cdist(rows, rows).sum(1).float().cpu() for name, rows in vectors.items()}
     if criterion == "batch-norm":
         scales = _scales(model, parameters)
-        norms = {g.name: g.reduce(scales, ("vector",)).cpu() for g in groups}
+        norms = {g.name: g.reduce(scales, ("vector",), "mean").cpu() for g in groups}
         plain = channel_scores(model, [g for g in groups if not norms[g.name].any()], "l1")
         return norms | plain
-    power = 1 if criterion == "l1" else 2
-    powers = {name: parameter.abs() ** power for name, parameter in parameters.items()}
-    return {group.name: (group.reduce(powers) ** (1 / power)).cpu() for group in groups}
+    made = _made(groups, parameters)
+    if criterion == "l1":
+        sizes = {name: parameter.abs() for name, parameter in made.items()}
+        return {group.name: group.reduce(sizes).cpu() for group in groups}
+    squares = {name: parameter.square() for name, parameter in made.items()}
+    return {group.name: group.reduce(squares).sqrt().cpu() for group in groups}
+
+
+def _made(groups: Sequence[Group], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that make channels of the groups."""
+    names = dict.fromkeys(m.tensor for group in groups for m in group.members if m.role == "out")
+    return {name: parameters[name] for name in names if name in parameters}
 
 
 def group_importance(
@@ -120,7 +132,7 @@ def group_importance(
 def _squares(group: Group, index: int, parameters: Mapping[str, Tensor]) -> Tensor | None:
     member = group.members[index]
     value = parameters.get(member.tensor)
-    if value is None or member.attribute == "bias" or member.attribute.startswith("bias_"):
+    if value is None or "bias" in member.attribute:
         return None
     rows = value.movedim(member.dim, 0).flatten(1) if value.dim() > 1 else value[:, None]
     return rows.square().sum(1)[member.index.to(rows.device)].sum(1)
@@ -140,12 +152,12 @@ def unit_rows(group: Group, values: Mapping[str, Tensor], roles: Sequence[str] =
 def loss_gradients(
     session: Session, model: nn.Module, samples: int, absolute: bool = False, batch_size: int = 128
 ) -> dict[str, Tensor]:
-    """Gradient of the task's loss in eval mode, averaged over the first training samples; the model's own are left alone.
+    """Gradient of the task's loss in eval mode, averaged over some training samples; the model's own are left alone.
 
     Args:
         session: gives task and device.
         model: on the session's device.
-        samples: training samples; labels are used.
+        samples: training samples drawn with the session's seed, rounded up to whole batches; labels are used.
         absolute: average magnitudes of the batches' gradients instead, so that opposite ones do not cancel.
         batch_size: samples at a time.
     """
@@ -166,7 +178,9 @@ def loss_gradients(
 def _labelled(session: Session, samples: int, batch_size: int) -> Iterator[tuple[Any, Any, int]]:
     train = session.task.train
     if train is None or not train.has_labels:
-        raise DataError(f"{session.label}: gradients need labelled training data, but task '{session.task.name}' has none")
+        raise DataError(
+            f"{session.label}: gradients need labelled training data, but task '{session.task.name}' has none"
+        )
     seen = 0
     for batch in train.batches(min(batch_size, samples), shuffle=True, seed=session.seed):
         count = length(batch.inputs)

@@ -67,14 +67,19 @@ class LargestInGroups(SparsitySet):
     dim: int = 1
 
     def mask(self, tensor: Tensor) -> Tensor:
-        scores = tensor.abs().movedim(self.dim, -1)
-        length = scores.shape[-1]
-        # Padding below every magnitude is never chosen before a real entry.
-        padded = torch.nn.functional.pad(scores, (0, -length % self.m), value=-1.0)
-        groups = padded.unflatten(-1, (-1, self.m))
-        order = groups.sort(dim=-1, descending=True, stable=True).indices[..., : self.n]
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
-        return mask.flatten(-2)[..., :length].movedim(-1, self.dim)
+        return largest_in_runs(tensor.abs(), self.n, self.m, self.dim)
+
+
+def largest_in_runs(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
+    """Boolean mask of the n highest scores in every run of m entries along ``dim``; ties go to the lower index."""
+    scores = scores.movedim(dim, -1)
+    length = scores.shape[-1]
+    # Padding below every score is never chosen before a real entry.
+    padded = torch.nn.functional.pad(scores, (0, -length % m), value=-torch.inf)
+    groups = padded.unflatten(-1, (-1, m))
+    order = groups.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+    return mask.flatten(-2)[..., :length].movedim(-1, dim)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from efficientdnns.errors import ConfigurationError
 from efficientdnns.method import Method, Ratio
 from efficientdnns.parts.budgets import limits_of, require_reachable
 from efficientdnns.parts.criteria import WeightCriterion, weight_scores
-from efficientdnns.parts.project import LargestInGroups
+from efficientdnns.parts.project import largest_in_runs
 from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights, without
 from efficientdnns.parts.sparse_budgets import kept_weights, trim
 from efficientdnns.parts.sparsity_schedule import scheduled_sparsity
@@ -115,17 +115,35 @@ def masks_of(scores: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[str,
     return {name: mask.view_as(score) for (name, score), mask in zip(scores.items(), chosen, strict=True)}
 
 
-def row_scores(score: Tensor) -> Tensor:
-    """The mean score of a row for every entry of it."""
-    return score.flatten(1).mean(1).view(-1, *[1] * (score.dim() - 1)).expand_as(score)
+def row_masks(scores: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[str, Tensor]:
+    """Masks of whole rows, those of the highest mean scores: as many as fit into the number of weights that stay.
+
+    One row of a tensor stays in any case, or one of all together where ``kept`` counts them together.
+    """
+    means = {name: score.flatten(1).mean(1) for name, score in scores.items()}
+    lengths = {name: score[0].numel() for name, score in scores.items()}
+    if EVERYTHING not in kept:
+        rows = {name: largest_mask(mean, max(1, kept[name] // lengths[name])) for name, mean in means.items()}
+    else:
+        costs = torch.cat([torch.full((len(mean),), lengths[name]) for name, mean in means.items()])
+        flat = torch.cat([mean.cpu() for mean in means.values()])
+        order = flat.sort(descending=True, stable=True).indices
+        fits = (costs[order].cumsum(0) <= kept[EVERYTHING]) & (flat[order] >= 0)  # below 0 is masked already
+        count = max(1, int(fits.sum()))
+        chosen = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
+        rows = dict(zip(means, chosen.split([len(mean) for mean in means.values()]), strict=True))
+    return {
+        name: rows[name].to(score.device).view(-1, *[1] * (score.dim() - 1)).expand_as(score).clone()
+        for name, score in scores.items()
+    }
 
 
 def pattern_mask(scores: Tensor, n: int, m: int, share: float = 1.0) -> Tensor:
     """N:M mask along the input channels, in force for the ``share`` of runs that lose least; all other runs stay dense."""
-    sparse = LargestInGroups(n, m).mask(scores)
+    sparse = largest_in_runs(scores, n, m)
     if share >= 1:
         return sparse
-    lost = (scores.abs() * ~sparse).movedim(1, -1)
+    lost = (scores.clamp_min(0) * ~sparse).movedim(1, -1)
     length = lost.shape[-1]
     runs = torch.nn.functional.pad(lost, (0, -length % m)).unflatten(-1, (-1, m)).sum(-1)
     dense = ~largest_mask(-runs, round(share * runs.numel()))
@@ -135,7 +153,8 @@ def pattern_mask(scores: Tensor, n: int, m: int, share: float = 1.0) -> Tensor:
 class ScheduledMasks(MaskedTraining):
     """Prunes on a schedule: every ``frequency`` steps between two points of the run the lowest scores are masked.
 
-    Each mask has exactly the scheduled number of ones. Without regrowth masked weights rank lowest, so masks only shrink.
+    Each mask has exactly the scheduled number of ones (of whole rows: as many as fit into it). Without regrowth masked
+    weights rank lowest, so masks only shrink.
 
     Args:
         method: says which weights, and how many stay.
@@ -179,7 +198,7 @@ class ScheduledMasks(MaskedTraining):
         weights = self.method.weights(trainer.model)
         self.sizes = {name: weight.numel() for name, weight in weights.items()}
         self.kept = self.method.kept(self.session)
-        self.first = round(self.begin * trainer.total_steps)
+        self.first = min(trainer.total_steps - 1, round(self.begin * trainer.total_steps))
         last = min(trainer.total_steps - 1, round(self.end * trainer.total_steps))
         self.prunings = max(0, last - self.first) // self.frequency
         """Intervals n: there are n + 1 prunings, the last of which reaches the final sparsity."""
@@ -214,10 +233,10 @@ class ScheduledMasks(MaskedTraining):
         step = trainer.step
         chance = torch.Generator().manual_seed(self.session.seed * 1_000_003 + step)
         scores = weight_scores(weights, self.criterion, gradients, chance)
-        if self.granularity == "rows":
-            scores = {name: row_scores(score) for name, score in scores.items()}
         if self.masks and self.regrowth != "soft":
-            scores = {name: torch.where(self.masks[name].bool(), s, -1.0) for name, s in scores.items()}
+            scores = {
+                n: torch.where(self.masks[n].bool(), s, -1.0) if n in self.masks else s for n, s in scores.items()
+            }
         masks = self._masks(scores, progress)
         if self.regrowth in ("gradient", "random") and self.masks and progress < 1:
             masks = self._regrow(masks, scores, gradients, chance, progress)
@@ -234,14 +253,15 @@ class ScheduledMasks(MaskedTraining):
             n, m = map(int, self.granularity.split(":"))
             share = scheduled_sparsity(progress, 1.0, self.initial, self.exponent)
             able = {name: score for name, score in scores.items() if score.shape[1] >= m}
-            return {name: pattern_mask(score, n, m, share) for name, score in able.items()}
+            masks = {name: pattern_mask(score, n, m, share) for name, score in able.items()}
+            return {name: mask & (scores[name] >= 0) for name, mask in masks.items()}
         sizes = self.sizes if EVERYTHING not in self.kept else {EVERYTHING: sum(self.sizes.values())}
         kept = {}
         for name, size in sizes.items():
             final = 1 - self.kept[name] / size
             sparsity = scheduled_sparsity(progress, final, min(self.initial, final), self.exponent)
             kept[name] = round((1 - sparsity) * size)
-        return masks_of(scores, kept)
+        return row_masks(scores, kept) if self.granularity == "rows" else masks_of(scores, kept)
 
     def _regrow(
         self,

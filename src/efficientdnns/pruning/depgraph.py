@@ -49,7 +49,9 @@ class DepGraph(ChannelTraining):
     Deviations:
         Groups are found in the exported graph rather than by walking gradient functions. Importance is averaged over the
         layers of a group before it is normalised, as in the official code. It is measured every ``every`` steps rather
-        than in each. Weight decay is off during sparse training unless it is asked for.
+        than in each. How many channels each group keeps is settled before the first of the ``iterative_steps``. Weight
+        decay is off during sparse training unless it is asked for. The classifier keeps its classes, and groups that
+        reach the network's outputs stay whole.
     """
 
     paper: ClassVar[Paper | None] = Paper(
@@ -60,6 +62,7 @@ class DepGraph(ChannelTraining):
         year=2023,
         url="https://arxiv.org/abs/2301.12900",
     )
+    comparable: ClassVar[bool] = True
     contract_fields: ClassVar[dict[str, Any]] = {"epochs": 2, "learning_rate": 0.01, "iterative_steps": 2}
 
     epochs: NonNegativeInt = 100

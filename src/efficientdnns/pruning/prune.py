@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from efficientdnns.errors import ConfigurationError, DataError, SurgeryError
 from efficientdnns.method import Need, Ratio, TrainingMethod
-from efficientdnns.parts.channel_pruning import ChannelCallback, ChannelOptions, Scores, fine_tune
+from efficientdnns.parts.channel_pruning import ChannelCallback, ChannelOptions, Scores, fine_tune, unit_masks
 from efficientdnns.parts.criteria import (
     NEEDS_GRADIENTS,
     ChannelCriterion,
@@ -139,6 +139,15 @@ class PruneChannels(ChannelOptions, Schedule):
     samples: PositiveInt = 512
     """Training samples for the gradients of the criterion 'taylor'."""
 
+    def check(self, session: Session) -> None:
+        super().check(session)
+        train = session.task.train
+        if self.criterion in NEEDS_GRADIENTS and (train is None or not train.has_labels):
+            raise DataError(
+                f"{self.name}: criterion {self.criterion} needs labelled training data, but task '{session.task.name}' has "
+                "none; choose group-norm, for example"
+            )
+
     def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
         graph, groups = super().groups(session)
         if self.granularity == "heads":
@@ -209,14 +218,7 @@ class GradualChannels(ChannelCallback):
 
     def zero(self, model: nn.Module) -> None:
         """Zero what makes the channels, so that they are zero, and mask it unless it may grow again."""
-        masks: dict[str, Tensor] = {}
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for group in self.groups:
-            for member in group.members:
-                if member.role != "in" and member.tensor in parameters and len(self.gone[group.name]):
-                    mask = masks.setdefault(member.tensor, torch.ones_like(parameters[member.tensor]))
-                    rows = member.index[self.gone[group.name]].flatten().to(mask.device)
-                    mask.index_fill_(member.dim, rows, 0.0)
+        masks = unit_masks(model, self.groups, self.gone)
         apply_masks(model, masks)
         self.masks = {} if self.method.regrowth == "soft" else masks
 

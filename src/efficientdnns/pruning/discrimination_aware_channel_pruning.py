@@ -1,0 +1,419 @@
+"""Discrimination-aware channel pruning: channels are chosen one by one for what they add to telling the classes apart.
+
+Auxiliary classifiers in the middle of the network say what that is; the layer that reads them is trained on as they come.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from efficientdnns.budget import Plan, widths
+from efficientdnns.data.nested import length
+from efficientdnns.data.split import Batch
+from efficientdnns.errors import DataError, SurgeryError
+from efficientdnns.method import Need, Paper
+from efficientdnns.parts.channel_gates import gateable
+from efficientdnns.parts.channel_pruning import ChannelPruning, Scores, sweep
+from efficientdnns.parts.criteria import channel_scores, unit_rows
+from efficientdnns.parts.learned_factors import left_whole
+from efficientdnns.parts.reconstruction import frozen_copy
+from efficientdnns.parts.structured import Selection
+from efficientdnns.parts.tap import evaluating
+from efficientdnns.session import Session
+from efficientdnns.surgery import ChannelGraph, Group
+from efficientdnns.training import Callback, Trainer
+from efficientdnns.training.trainer import to_device
+
+
+class AuxiliaryHead(nn.Module):
+    """Logits from a layer's output: batch norm, ReLU, average over positions, linear.
+
+    Args:
+        channels: n_p, of the layer.
+        classes: number of classes.
+
+    Shape:
+        (B, n_p, ...) or, with ``last=True``, (B, ..., n_p) -> (B, classes).
+    """
+
+    def __init__(self, channels: int, classes: int, last: bool = False) -> None:
+        super().__init__()
+        self.last, self.norm, self.linear = last, nn.BatchNorm1d(channels), nn.Linear(channels, classes)
+
+    def features(self, output: Tensor) -> Tensor:
+        """(B, n_p): average of the rectified, normalised maps."""
+        if output.dim() > 2:
+            output = output.flatten(1, -2).transpose(1, 2) if self.last else output.flatten(2)
+        x = torch.relu(self.norm(output))
+        return x.mean(-1) if x.dim() > 2 else x
+
+    def forward(self, output: Tensor) -> Tensor:
+        return self.linear(self.features(output))
+
+
+def stopped(losses: Sequence[float], epsilon: float) -> bool:
+    r"""DCP-Adapt's rule: :math:`|L(W^{t-1}) - L(W^t)| / L(W^0) \le \epsilon`; ``losses`` begin with the empty selection's."""
+    return len(losses) > 1 and abs(losses[-2] - losses[-1]) <= epsilon * losses[0]
+
+
+class DiscriminationAwareChannelPruning(ChannelPruning):
+    r"""Discrimination-aware channel pruning (DCP), `Zhuang et al., NeurIPS 2018 <https://arxiv.org/abs/1810.11809>`_.
+
+    ``losses`` auxiliary classifiers, spread evenly, are trained with the whole network for ``auxiliary_epochs``: for every
+    batch a step on their cross-entropies and then one on the network's own loss. From the first layer to the last the
+    channels that a layer reads are then chosen, starting from none of them, by
+
+    .. math:: L(W) = \frac{1}{2Q} \sum \|O^b - O\|^2 + \lambda L_S^p(W), \qquad
+        k = \arg\max_{j \notin A} \Big\| \frac{\partial L}{\partial W_{\cdot j}} \Big\|_F
+
+    with the layer's output O, that of the network before pruning :math:`O^b`, and the loss :math:`L_S^p` of the next classifier
+    behind the layer (at last the network's own). :math:`W_{\cdot k}` starts at its old value, and :math:`W_A` and the bias are
+    trained on after every addition, with batch norms frozen. It ends with as many channels as the ratio or budget says, or,
+    with ``epsilon`` (DCP-Adapt), when :math:`|L(W^{t-1}) - L(W^t)| / L(W^0) \le \epsilon`.
+
+    Deviations:
+        All classifiers are trained in one run, weighted by their depth, before any layer is pruned, as in the official code.
+        Selection and re-optimisation use ``samples`` images and ``steps`` steps rather than epochs over the training set.
+        Channels that several layers read are chosen by the gradients of all of them. Groups that something else than
+        linear layers and ungrouped convolutions reads are left whole and named in the report.
+    """
+
+    paper: ClassVar[Paper | None] = Paper(
+        id="discrimination-aware-channel-pruning",
+        title="Discrimination-aware Channel Pruning for Deep Neural Networks",
+        authors=(
+            "Zhuangwei Zhuang, Mingkui Tan, Bohan Zhuang, Jing Liu, Yong Guo, Qingyao Wu, Junzhou Huang, Jinhui Zhu"
+        ),
+        venue="NeurIPS",
+        year=2018,
+        url="https://arxiv.org/abs/1810.11809",
+    )
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels", "training data"})
+    contract_fields: ClassVar[dict[str, Any]] = {
+        "losses": 1, "auxiliary_epochs": 1, "added": 0.2, "steps": 1, "samples": 64
+    }  # fmt: skip
+
+    losses: NonNegativeInt = 3
+    """P: auxiliary classifiers; fewer where the network has fewer layers."""
+    auxiliary_epochs: NonNegativeInt = 100
+    """Epochs of the training with auxiliary classifiers."""
+    auxiliary_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of that training; None takes the session's."""
+    reconstruction_weight: NonNegativeFloat = 1.0
+    """Weight of the reconstruction loss; 0 leaves the classifiers alone to decide."""
+    auxiliary_weight: NonNegativeFloat = 1.0
+    """lambda: weight of the classifier's loss; 0 leaves reconstruction alone."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """DCP-Adapt: stop adding channels when one lowers the loss by no more than this share of its start; replaces the ratio."""
+    added: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a group's channels that is added at once; at least one, as in the paper."""
+    steps: NonNegativeInt = 10
+    """SGD steps on the layer after every addition."""
+    layer_learning_rate: PositiveFloat = 0.01
+    """Their learning rate."""
+    samples: PositiveInt = 2000
+    """Labelled training samples for selection."""
+    order: Literal["gradient", "random", "l1"] = "gradient"
+    """How channels are chosen: as above, or as controls with the same training of the layer by chance or by the norm of W."""
+    epochs: NonNegativeInt = 0
+    """Fine-tuning epochs after the cut (400 in the paper's CIFAR runs)."""
+
+    @property
+    def solves(self) -> frozenset[str]:
+        return self.budgets if self.epsilon is None else frozenset()
+
+    def check(self, session: Session) -> None:
+        super().check(session)
+        if session.task.kind != "classification" or session.task.num_classes is None:
+            raise DataError(
+                f"{self.name} tells classes apart, but task '{session.task.name}' is of kind {session.task.kind}"
+            )
+
+    def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
+        graph, groups = super().groups(session)
+        fitting = gateable(session.model, groups)
+        if not fitting:
+            raise SurgeryError(
+                f"{self.name}: no channels of {type(session.model).__name__} are read by linear layers or convolutions alone; "
+                "choose another method"
+            )
+        return graph, fitting
+
+    def scores(self, session: Session, graph: ChannelGraph, groups: Sequence[Group]) -> Scores:
+        return channel_scores(session.model, groups, "l1")
+
+    def select(self, session: Session, graph: ChannelGraph, groups: Sequence[Group]) -> Selection:
+        places = auxiliary_layers(session.model, graph, self.losses)
+        training = AuxiliaryTraining(session, places)
+        if self.auxiliary_epochs:
+            rate = self.auxiliary_learning_rate or session.settings.learning_rate
+            session.train([training], epochs=self.auxiliary_epochs, learning_rate=rate)
+        plan: Plan = {group.name: 1 for group in groups}
+        if self.epsilon is None:
+            plan = self.plan(session, graph, groups, self.scores(session, graph, groups))
+        chooser = Chooser(self, session, graph, training.heads)
+        with evaluating(session.model):
+            selection = sweep(session, groups, plan, chooser)
+        session.report(classifiers=list(places), losses=chooser.losses, not_read=left_whole(graph, groups))
+        return selection
+
+
+def auxiliary_layers(model: nn.Module, graph: ChannelGraph, count: int) -> dict[str, float]:
+    """Evenly spread layers that get a classifier, with their relative depth; never the last one."""
+    layers = [n for n in graph.order if isinstance(model.get_submodule(n), nn.Linear | nn.modules.conv._ConvNd)]
+    count = min(count, len(layers) - 1)
+    at = [round((p + 1) * len(layers) / (count + 1)) for p in range(count)]
+    return {layers[max(1, place) - 1]: max(1, place) / len(layers) for place in at}
+
+
+class AuxiliaryTraining(Callback):
+    """For every batch a step on the classifiers' losses, then one on the network's own.
+
+    Attributes:
+        heads: classifiers by layer.
+        depths: weight of each is max(0.01, depth^2).
+    """
+
+    def __init__(self, session: Session, depths: Mapping[str, float]) -> None:
+        self.session, self.depths = session, dict(depths)
+        self.seen: dict[str, Tensor] = {}
+        shapes, linear = output_shapes(session, depths)
+        classes = session.task.num_classes or 1
+        self.heads = {
+            name: AuxiliaryHead(shapes[name][-1 if linear[name] else 1], classes, linear[name]).to(session.device)
+            for name in depths
+        }
+
+    def setup(self, trainer: Trainer) -> None:
+        self.handles = [listen(trainer.model, name, self.seen) for name in self.heads]
+
+    def parameter_groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+        return [{"params": list(head.parameters())} for head in self.heads.values()]
+
+    def training_step(self, trainer: Trainer, batch: Batch) -> Tensor:
+        trainer.forward(batch)
+        terms = [
+            max(0.01, self.depths[name] ** 2) * trainer.task.loss(head.train()(self.seen[name]), batch.targets)
+            for name, head in self.heads.items()
+        ]
+        if terms:
+            trainer.update(torch.stack(terms).sum())
+        return trainer.training_step(batch)
+
+    def finish(self, trainer: Trainer) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.seen.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: dict(head.state_dict()) for name, head in self.heads.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, head in self.heads.items():
+            head.load_state_dict(state[name])
+
+
+def listen(model: nn.Module, name: str, into: dict[str, Tensor]) -> Any:
+    """Keep the output of a module in ``into`` at every call; returns the hook's handle."""
+
+    def keep(_: nn.Module, inputs: Any, output: Tensor) -> None:
+        into[name] = output
+
+    return model.get_submodule(name).register_forward_hook(keep)
+
+
+@torch.no_grad()
+def output_shapes(
+    session: Session, names: Sequence[str] | Mapping[str, Any]
+) -> tuple[dict[str, torch.Size], dict[str, bool]]:
+    """Shape of the output of layers, and whether its channels come last (linear layers)."""
+    seen: dict[str, Tensor] = {}
+    handles = [listen(session.model, name, seen) for name in names]
+    with evaluating(session.model):
+        session.task.outputs(session.model, session.example_input)
+    for handle in handles:
+        handle.remove()
+    linear = {name: isinstance(session.model.get_submodule(name), nn.Linear) for name in names}
+    return {name: output.shape for name, output in seen.items()}, linear
+
+
+class Chooser:
+    """Chooses the channels of one group after the other: (group, number to keep) -> indices that go.
+
+    Attributes:
+        losses: by group, the loss on the selection data before every addition and at the end.
+    """
+
+    def __init__(
+        self,
+        method: DiscriminationAwareChannelPruning,
+        session: Session,
+        graph: ChannelGraph,
+        heads: Mapping[str, AuxiliaryHead],
+    ) -> None:
+        self.method, self.session, self.model, self.graph = method, session, session.model, graph
+        self.heads = {name: head.eval().requires_grad_(False) for name, head in heads.items()}
+        self.before = frozen_copy(session.model)
+        self.random = torch.Generator().manual_seed(session.seed)
+        self.losses: dict[str, list[float]] = {}
+        self.batches: list[Batch] = []
+        assert session.task.train is not None
+        seen = 0
+        for batch in session.task.train.batches(min(128, method.samples), shuffle=True, seed=session.seed):
+            self.batches.append(to_device(batch, session.device))
+            seen += length(batch.inputs)
+            if seen >= method.samples:
+                break
+
+    def __call__(self, group: Group, keep: int) -> Tensor:
+        layer = Layer(self, group)
+        try:
+            chosen = self.grow(layer, group, keep)
+        finally:
+            layer.close()
+        return (~chosen).nonzero().flatten()
+
+    def grow(self, layer: Layer, group: Group, keep: int) -> Tensor:
+        """Mask of the channels that stay."""
+        method, chosen = self.method, torch.zeros(group.size, dtype=torch.bool)
+        losses = self.losses[group.name] = []
+        allowed = set(widths(group.size, method.round_to))
+        many = max(1, math.ceil(method.added * group.size))
+        while True:
+            loss, slopes = layer.loss_and_slopes()
+            losses.append(loss)
+            count = int(chosen.sum())
+            if method.epsilon is None or group.name in method.ratios:
+                done = count >= keep
+            else:
+                done = count in allowed and stopped(losses, method.epsilon)
+            if done or count == group.size:
+                return chosen
+            left = (
+                group.size - count if method.epsilon is not None and group.name not in method.ratios else keep - count
+            )
+            ranked = slopes.masked_fill(chosen, -1.0)
+            new = ranked.sort(descending=True, stable=True).indices[: min(many, left)]
+            chosen[new] = True
+            layer.admit(new)
+            layer.train(chosen)
+
+    def auxiliary_after(self, group: Group) -> str | None:
+        """The first classifier behind all readers of a group; None: the network's own loss."""
+        last = max(self.graph.order.index(name) for name in self.graph.consumers(group))
+        return next((name for name in self.heads if self.graph.order.index(name) >= last), None)
+
+
+class Layer:
+    """The layers that read one group, from no channel to as many as are admitted."""
+
+    def __init__(self, chooser: Chooser, group: Group) -> None:
+        self.chooser, self.method, self.model, self.group = chooser, chooser.method, chooser.model, group
+        self.readers = list(dict.fromkeys(chooser.graph.consumers(group)))
+        modules: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.readers}
+        self.weights = {f"{name}.weight": module.weight for name, module in modules.items()}
+        self.biases = [module.bias for module in modules.values() if module.bias is not None]
+        self.warm = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.members = [m for m in group.members if m.role == "in"]
+        self.auxiliary = chooser.auxiliary_after(group)
+        self.taps: dict[str, Tensor] = {}
+        self.handles = [
+            listen(self.model, name, self.taps) for name in {*self.readers, *filter(None, [self.auxiliary])}
+        ]
+        self.targets = self.responses_before()
+        self.at = 0
+        with torch.no_grad():
+            for member in self.members:
+                index = member.index.flatten().to(self.weights[member.tensor].device)
+                self.weights[member.tensor].index_fill_(member.dim, index, 0.0)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def responses_before(self) -> list[dict[str, Tensor]]:
+        """What the readers made of every batch in the network before pruning."""
+        found = []
+        with ExitStack() as stack:
+            seen: dict[str, Tensor] = {}
+            for name in self.readers:
+                stack.callback(listen(self.chooser.before, name, seen).remove)
+            for batch in self.chooser.batches:
+                self.chooser.session.task.outputs(self.chooser.before, batch.inputs, batch.targets)
+                found.append(dict(seen))
+        return found
+
+    def loss(self, number: int) -> Tensor:
+        """L on one batch."""
+        batch, method, task = self.chooser.batches[number], self.method, self.chooser.session.task
+        outputs = task.outputs(self.model, batch.inputs, batch.targets)
+        total = torch.zeros((), device=self.chooser.session.device)
+        if method.reconstruction_weight:
+            for name in self.readers:
+                error = (self.taps[name] - self.targets[number][name]).square().mean() / 2
+                total = total + method.reconstruction_weight * error
+        if method.auxiliary_weight:
+            logits = (
+                outputs if self.auxiliary is None else self.chooser.heads[self.auxiliary](self.taps[self.auxiliary])
+            )
+            total = total + method.auxiliary_weight * task.loss(logits, batch.targets)
+        return total
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of the weights, also where they are zero because their channel is not chosen; and of the biases."""
+        names = [*self.weights, *(f"bias {n}" for n in range(len(self.biases)))]
+        variables = [*self.weights.values(), *self.biases]
+        found = torch.autograd.grad(loss, variables, allow_unused=True)
+        return {n: torch.zeros_like(v) if g is None else g for n, v, g in zip(names, variables, found, strict=True)}
+
+    def loss_and_slopes(self) -> tuple[float, Tensor]:
+        """The loss over all selection data, and by what its gradient ranks every channel."""
+        method, batches = self.method, self.chooser.batches
+        total, count, sums = 0.0, 0, {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        for number, batch in enumerate(batches):
+            size = length(batch.inputs)
+            with torch.enable_grad():
+                loss = self.loss(number)
+                gradients = self.gradients(loss) if method.order == "gradient" else {}
+            total, count = total + float(loss.detach()) * size, count + size
+            for name in sums:
+                sums[name] += gradients[name] * size if gradients else 0.0
+        if method.order == "random":
+            slopes = torch.rand(self.group.size, generator=self.chooser.random)
+        else:
+            rows = unit_rows(self.group, sums if method.order == "gradient" else self.warm, ("in",))
+            slopes = rows.norm(dim=1) if method.order == "gradient" else rows.abs().sum(1)
+        return total / max(1, count), slopes.cpu()
+
+    @torch.no_grad()
+    def admit(self, units: Tensor) -> None:
+        """Give these channels their old weights."""
+        for member in self.members:
+            index = member.index[units].flatten().to(self.weights[member.tensor].device)
+            warm = self.warm[member.tensor].index_select(member.dim, index)
+            self.weights[member.tensor].index_copy_(member.dim, index, warm)
+
+    def train(self, chosen: Tensor) -> None:
+        """SGD on the weights of the chosen channels and the biases."""
+        masks = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for member in self.members:
+            index = member.index[chosen].flatten().to(masks[member.tensor].device)
+            masks[member.tensor].index_fill_(member.dim, index, 1.0)
+        for _ in range(self.method.steps):
+            with torch.enable_grad():
+                gradients = self.gradients(self.loss(self.at % len(self.chooser.batches)))
+            self.at += 1
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.sub_(masks[name] * gradients[name], alpha=self.method.layer_learning_rate)
+                for number, bias in enumerate(self.biases):
+                    bias.sub_(gradients[f"bias {number}"], alpha=self.method.layer_learning_rate)
