@@ -53,7 +53,8 @@ def recipes(path: Path) -> tuple[dict[str, Recipe], list[int]]:
 
 def _epochs(method: ed.Method) -> int:
     own = method.total_epochs if isinstance(method, ed.TrainingMethod) else getattr(method, "epochs", 0)
-    return int(own) + int(getattr(method, "retrain_epochs", 0) if not _counts_retraining(method) else 0)
+    after = 0 if _counts_retraining(method) else getattr(method, "retrain_epochs", 0)
+    return int(own) + int(after) + int(getattr(method, "auxiliary_epochs", 0))
 
 
 def _counts_retraining(method: ed.Method) -> bool:

@@ -15,7 +15,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from efficientdnns.budget import Plan
-from efficientdnns.errors import ConfigurationError
+from efficientdnns.errors import ConfigurationError, SurgeryError
 from efficientdnns.method import Method, Ratio, TrainingMethod
 from efficientdnns.parts.structured import (
     Scope,
@@ -61,7 +61,18 @@ class ChannelOptions(Method):
 
     def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
         """The channel graph of the session's network, and the groups that may be pruned."""
-        return prunable(session, self.skip, f"{self.name}: skip")
+        graph, groups = prunable(session, self.skip, f"{self.name}: skip")
+        able = self.able(session.model, groups)
+        if not able:
+            raise SurgeryError(
+                f"{self.name}: no channels of {type(session.model).__name__} are read by linear layers or convolutions alone; "
+                "choose a method that does not act where channels are read, such as depgraph"
+            )
+        return graph, able
+
+    def able(self, model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+        """Those of the groups that the method can treat; the others are left whole."""
+        return list(groups)
 
     def offer(self, scores: Scores) -> Widths:
         """The widths to choose from."""

@@ -14,7 +14,6 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from efficientdnns.errors import SurgeryError
 from efficientdnns.method import Paper
 from efficientdnns.parts.channel_gates import ChannelGates, fold_gates, gateable
 from efficientdnns.parts.constant_channels import inputs_of, move_constants, noise_like, readers
@@ -137,15 +136,8 @@ class BNISTAChannelPruning(FactorOptions):
     constants: Literal["absorbed", "dropped"] = "absorbed"
     """What becomes of the constants of removed channels; dropping them is a control."""
 
-    def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
-        graph, groups = super().groups(session)
-        fitting = gateable(session.model, groups)
-        if not fitting:
-            raise SurgeryError(
-                f"{self.name}: no channels of {type(session.model).__name__} are read by linear layers or convolutions alone; "
-                "choose another method"
-            )
-        return graph, fitting
+    def able(self, model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+        return gateable(model, groups)
 
     def callback(self, session: Session) -> Callback:
         return ThresholdedScales(self, session)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from efficientdnns.budget import Plan, widths
 from efficientdnns.data.nested import length
 from efficientdnns.data.split import Batch
-from efficientdnns.errors import DataError, SurgeryError
+from efficientdnns.errors import DataError
 from efficientdnns.method import Need, Paper
 from efficientdnns.parts.channel_gates import gateable
 from efficientdnns.parts.channel_pruning import ChannelPruning, Scores, sweep
@@ -136,15 +136,8 @@ class DiscriminationAwareChannelPruning(ChannelPruning):
                 f"{self.name} tells classes apart, but task '{session.task.name}' is of kind {session.task.kind}"
             )
 
-    def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
-        graph, groups = super().groups(session)
-        fitting = gateable(session.model, groups)
-        if not fitting:
-            raise SurgeryError(
-                f"{self.name}: no channels of {type(session.model).__name__} are read by linear layers or convolutions alone; "
-                "choose another method"
-            )
-        return graph, fitting
+    def able(self, model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+        return gateable(model, groups)
 
     def scores(self, session: Session, graph: ChannelGraph, groups: Sequence[Group]) -> Scores:
         return channel_scores(session.model, groups, "l1")

@@ -5,14 +5,14 @@ Masked filters go on being trained, so that one that was dropped by mistake can 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficientdnns.budget import Plan
-from efficientdnns.errors import SurgeryError
 from efficientdnns.method import Paper, Ratio
 from efficientdnns.parts.budgets import limits_of
 from efficientdnns.parts.channel_gates import ChannelGates, gateable
@@ -20,7 +20,7 @@ from efficientdnns.parts.channel_pruning import ChannelCallback, ChannelTraining
 from efficientdnns.parts.criteria import channel_scores, loss_gradients
 from efficientdnns.parts.structured import Scope, Selection, weakest
 from efficientdnns.session import Session
-from efficientdnns.surgery import ChannelGraph, Group
+from efficientdnns.surgery import Group
 from efficientdnns.training import Callback, Trainer
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -91,15 +91,8 @@ class GlobalDynamicFilterPruning(ChannelTraining):
         own = {} if self.clip_norm is None else {"clip_norm": self.clip_norm}
         return own | super().settings()
 
-    def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
-        graph, groups = super().groups(session)
-        able = gateable(session.model, groups)
-        if not able:
-            raise SurgeryError(
-                f"{self.name}: no linear layer or convolution alone reads the channels of {type(session.model).__name__}; "
-                "choose a method that removes channels without masking their outputs, such as depgraph"
-            )
-        return graph, able
+    def able(self, model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+        return gateable(model, groups)
 
     def callback(self, session: Session) -> Callback:
         return GlobalMask(self, session)

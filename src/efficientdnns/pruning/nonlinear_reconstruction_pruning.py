@@ -11,9 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
-from efficientdnns.errors import SurgeryError
 from efficientdnns.method import Need, Paper
 from efficientdnns.parts.channel_pruning import ChannelPruning, Scores, sweep
 from efficientdnns.parts.criteria import channel_scores
@@ -107,15 +106,8 @@ class NonlinearReconstructionPruning(ChannelPruning):
     points: PositiveInt = 10
     """Places of a feature map used of each input."""
 
-    def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
-        graph, groups = super().groups(session)
-        fitting = readable(session.model, groups)
-        if not fitting:
-            raise SurgeryError(
-                f"{self.name}: no channels of {type(session.model).__name__} are read by linear layers or convolutions alone; "
-                "choose another method"
-            )
-        return graph, fitting
+    def able(self, model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+        return readable(model, groups)
 
     def scores(self, session: Session, graph: ChannelGraph, groups: Sequence[Group]) -> Scores:
         return channel_scores(session.model, groups, "l1")

@@ -92,15 +92,8 @@ class SparseStructureSelection(FactorOptions):
         graph, branches = self.branches(session)
         return require_reachable(session, self, lambda: without_branches(session.model, graph, branches))
 
-    def groups(self, session: Session) -> tuple[ChannelGraph, list[Group]]:
-        graph, groups = super().groups(session)
-        fitting = gateable(session.model, groups)
-        if not fitting:
-            raise SurgeryError(
-                f"{self.name}: no channels of {type(session.model).__name__} are read by linear layers or convolutions alone; "
-                "choose another method"
-            )
-        return graph, fitting
+    def able(self, model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+        return gateable(model, groups)
 
     def branches(self, session: Session) -> tuple[ChannelGraph, list[Branch]]:
         """The residual branches that may go."""
