@@ -15,6 +15,7 @@ from efficientdnns.data.split import Batch
 from efficientdnns.deployment.int8_latency import layer_latencies, slower_layers
 from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.method import Need, Paper, TrainingMethod
+from efficientdnns.parts.attention import split_attention
 from efficientdnns.parts.observer import MinMax, MovingAverage, Observer, ObserverName, make_observer
 from efficientdnns.parts.quantizer import QuantSpec
 from efficientdnns.quantization.fake_quantization import (
@@ -185,6 +186,7 @@ class Int8Quantization(TrainingMethod):
 def quantize_after_training(method: Int8Quantization, session: Session, model: nn.Module) -> None:
     """Fold, observe and convert the network in place."""
     model.eval()
+    split_attention(model)
     plan = method.plan(session, model)
     trim(collect=True)
     spec = method.activation_spec()
@@ -233,6 +235,7 @@ class QuantizationAwareTraining(Callback):
 
     def setup(self, trainer: Trainer) -> None:
         method = self.method
+        split_attention(trainer.model)
         self.plan = method.plan(self.session, trainer.model)
         self.layers = prepare(
             trainer.model,
