@@ -15,7 +15,7 @@ from efficientdnns.recipe import Recipe
 from efficientdnns.reproduce import folder, names, recorded, reproduce_all
 from efficientdnns.run import run as run_recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def test_every_method_has_one_and_a_recorded_result() -> None:

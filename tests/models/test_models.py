@@ -25,6 +25,7 @@ SHAPE = {
     "lenet5-32": "28",
     "mlp": "28",
     "small-resnet": "28",
+    "small-vgg": "28",
     "fitnet-mnist": "28",
     "char-lstm": "text",
     "transformer": "text",
