@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from efficientdnns.measurement.latency import measure_latency
 from efficientdnns.surgery import rebuildable, replace_module
 
 
-class _Compressed:
+class _Compressed(nn.Module):
     """The compressed rows of ``weight``, made on first use and again whenever it changes."""
 
     weight: Tensor
@@ -43,6 +43,10 @@ class _Compressed:
         """Drop the compressed rows; they are made again when needed."""
         self._rows = None
 
+    def train(self, mode: bool = True) -> Self:
+        self.forget()
+        return super().train(mode)
+
 
 @rebuildable
 class SparseLinear(_Compressed, nn.Linear):
@@ -51,10 +55,6 @@ class SparseLinear(_Compressed, nn.Linear):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-
-    def train(self, mode: bool = True) -> SparseLinear:
-        self.forget()
-        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows()
@@ -73,10 +73,6 @@ class SparseConv2d(_Compressed, nn.Conv2d):
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
         values = {name: getattr(self, name) for name in names} | {"bias": self.bias is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    def train(self, mode: bool = True) -> SparseConv2d:
-        self.forget()
-        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows()
