@@ -245,7 +245,8 @@ def _compare(model: nn.Module, reference: nn.Module | None, path: str, delta: Sp
             f"module {name!r} ({kind}) cannot be saved as data: give it config() and the decorator @rebuildable"
         )
     delta["modules"][path] = spec
-    if spec["type"] in _REGISTERED and list(model.children()):  # what its constructor makes may have been replaced since
+    if spec["type"] in _REGISTERED and list(model.children()):
+        # What its constructor makes may have been replaced since.
         made = dict(_build(spec, path).named_children())
         for name, child in model.named_children():
             _compare(child, made.get(name), _join(path, name), delta)
