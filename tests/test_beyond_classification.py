@@ -274,9 +274,9 @@ def test_a_detector_learns(factories: Path) -> None:
 
 def test_detection_on_the_command_line(cli: Any, factories: Path, tmp_path: Path) -> None:
     task, out = ("--task", f"{factories}:detection"), tmp_path / "out"
-    measured = cli("measure", "torchvision:ssdlite320_mobilenet_v3_large", *task)
+    measured = cli("measure", f"{factories}:tiny_detector", *task)
     assert measured["metric"]["name"] == "map"
-    assert measured["macs"] > 1e8
+    assert measured["macs"] > 0
     method = "soft-filter-pruning:epochs=1,pruning_ratio=0.5"
     report = cli("compress", "--model", f"{factories}:tiny_detector", *task, "--method", method, "--out", out)
     assert report["after"]["macs"] < report["before"]["macs"]
