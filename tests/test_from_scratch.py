@@ -56,7 +56,7 @@ def test_equal_budget() -> None:
 
 
 def test_verdict_is_that_of_the_paired_differences() -> None:
-    assert verdict([90.0], [80.0])[1:] == (None, "one seed says nothing")
+    assert verdict([90.0], [80.0])[1:] == (None, "fewer than three seeds say nothing")
     mean, half, says = verdict([91.0, 91.2, 90.9], [90.0, 90.1, 90.0])
     assert mean == pytest.approx(1.0, abs=0.01)
     # differences 1.0, 1.1, 0.9: deviation 0.1, t(0.975, 2) = 4.303
@@ -104,7 +104,7 @@ def test_arms_share_batches_and_keep_masks(trained, digits, monkeypatch) -> None
     assert found.arm("scratch-e").training_macs == 3 * macs * len(digits.train) * 2
     assert found.arm("scratch-b").training_macs == 3 * (2 * macs) * len(digits.train) * 2
     assert found.arm("fine-tune").mean > found.arm("scratch-e").mean
-    assert found.verdict == "one seed says nothing"
+    assert found.verdict == "fewer than three seeds say nothing"
 
 
 def test_command_writes_its_finding_beside_the_result(tmp_path) -> None:

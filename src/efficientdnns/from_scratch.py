@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from rich.table import Table
 from torch import nn
 
-from efficientdnns.errors import ConfigurationError, ModelError
+from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.fit import make_accelerator
 from efficientdnns.parts.reinitialise import reinitialised
 from efficientdnns.progress import Progress
@@ -39,7 +39,7 @@ from efficientdnns.task import Task
 from efficientdnns.training import TrainingSettings
 from efficientdnns.training.sparsity import MaskedTraining
 
-Verdict = Literal["inherited weights help", "the architecture is enough", "one seed says nothing"]
+Verdict = Literal["inherited weights help", "the architecture is enough", "fewer than three seeds say nothing"]
 FORWARDS = 3
 """Forward passes that a training step costs, in MACs."""
 
@@ -101,7 +101,7 @@ def verdict(first: Sequence[float], second: Sequence[float]) -> tuple[float, flo
     differences = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
     mean = float(differences.mean())
     if len(differences) < 3:
-        return mean, None, "one seed says nothing"
+        return mean, None, "fewer than three seeds say nothing"
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(differences) - 1) * differences.std() / math.sqrt(len(differences)))
@@ -156,43 +156,35 @@ def from_scratch(
         "scratch-e": (epochs, rate, True),
         "scratch-b": (scratch_epochs(epochs, macs_dense, macs_compressed, cap), rate, True),
     }
-    accelerator = make_accelerator(device, settings.mixed_precision)
-    assert task.train is not None
-    samples = len(task.train)
-    arms = []
+    if task.train is None or not task.has_labels:
+        raise DataError(f"the from-scratch protocol needs labelled training data, but task '{task.name}' has none")
+    accelerator, samples = make_accelerator(device, settings.mixed_precision), len(task.train)
+
+    def trained(label: str, length: int, learning_rate: float, fresh: bool, seed: int) -> float:
+        torch.manual_seed(seed)
+        network = reinitialised(compressed, seed) if fresh else copy.deepcopy(compressed)
+        own: dict[str, Any] = {"settings": settings, "accelerator": accelerator, "progress": Progress(quiet=quiet)}
+        session = Session(model=network, task=task, original=network, seed=seed, label=f"{label}, seed {seed}", **own)
+        # All arms of a seed see the same batches for as long as they last.
+        session.train([MaskedTraining(masks)], epochs=length, learning_rate=learning_rate, seed=seed)
+        return task.evaluate(session.model, "evaluation", device=session.device).value
+
+    arms = {}
     for name, (length, learning_rate, fresh) in plans.items():
-        found = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            network = reinitialised(compressed, seed) if fresh else copy.deepcopy(compressed)
-            session = Session(
-                model=network,
-                task=task,
-                original=network,
-                settings=settings,
-                seed=seed,
-                accelerator=accelerator,
-                progress=Progress(quiet=quiet),
-                label=f"{name}, seed {seed}",
-            )
-            # All arms of a seed see the same batches for as long as they last.
-            session.train([MaskedTraining(masks)], epochs=length, learning_rate=learning_rate, seed=seed)
-            found.append(task.evaluate(session.model, "evaluation", device=session.device).value)
+        found = [trained(name, length, learning_rate, fresh, seed) for seed in seeds]
         cost = FORWARDS * macs_compressed * samples * length
-        arms.append(Arm(name=name, epochs=length, metric=found, training_macs=cost))
-    by_name = {arm.name: arm for arm in arms}
-    scratch = max((by_name["scratch-e"], by_name["scratch-b"]), key=lambda arm: arm.mean)
+        arms[name] = Arm(name=name, epochs=length, metric=found, training_macs=cost)
     sign = 1 if task.metric.higher_is_better else -1
-    if sign < 0:
-        scratch = min((by_name["scratch-e"], by_name["scratch-b"]), key=lambda arm: arm.mean)
-    pairs = [sign * v for v in by_name["fine-tune"].metric], [sign * v for v in scratch.metric]
-    difference, interval, says = verdict(*pairs)
+    scratch = max((arms["scratch-e"], arms["scratch-b"]), key=lambda arm: sign * arm.mean)
+    difference, interval, says = verdict(
+        [sign * v for v in arms["fine-tune"].metric], [sign * v for v in scratch.metric]
+    )
     return FromScratch(
         metric=task.metric.name,
         seeds=list(seeds),
         dense=dense,
         untrained=task.evaluate(compressed, "evaluation", device=accelerator.device).value,
-        arms=arms,
+        arms=list(arms.values()),
         difference=difference,
         interval=interval,
         verdict=says,

@@ -9,14 +9,8 @@ import torch
 from torch import nn
 
 import efficientdnns as ed
-from efficientdnns.pruning.discrimination_aware_channel_pruning import (
-    AuxiliaryHead,
-    AuxiliaryTraining,
-    Chooser,
-    Layer,
-    auxiliary_layers,
-    stopped,
-)
+from efficientdnns.parts.auxiliary_heads import AuxiliaryHead, AuxiliaryTraining, auxiliary_layers
+from efficientdnns.pruning.discrimination_aware_channel_pruning import Chooser, Layer, stopped
 from efficientdnns.session import Session
 from efficientdnns.surgery import ChannelGraph
 
