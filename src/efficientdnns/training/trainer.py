@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from efficientdnns.data.split import Batch
 from efficientdnns.errors import ConfigurationError, DataError, ModelError
+from efficientdnns.layout import arrange_state, arranged, fitting_layout, lay_out
 from efficientdnns.progress import Progress
 from efficientdnns.training.callback import Callback, overriding
 from efficientdnns.training.checkpoint import load_state, random_state, restore_random_state, save_state
@@ -100,9 +101,12 @@ class Trainer:
     def fit(self) -> list[dict[str, Any]]:
         """Run to the end (from the checkpoint where there is one) and return the history, one entry an epoch."""
         self.model.to(self.device)
+        self.layout = torch.contiguous_format
+        if self.epochs:
+            self.layout = fitting_layout(self.model, self.task.example_input, self.task.outputs)
         for callback in self.callbacks:
             callback.setup(self)
-        self.model.to(self.device)
+        lay_out(self.model.to(self.device), self.layout)
         self.optimizer = self._make_optimizer()
         distributed = self.accelerator.num_processes > 1
         self.network = self.accelerator.prepare_model(self.model) if distributed else self.model
@@ -116,7 +120,7 @@ class Trainer:
         self.model.eval()
         for callback in sorted(self.callbacks, key=lambda callback: callback.structural):
             callback.finish(self)
-        self.model.eval()
+        lay_out(self.model.eval(), torch.contiguous_format)
         return self.history
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -184,6 +188,7 @@ class Trainer:
             batch = to_device(batch, self.device)
             for callback in self._hooks["batch"]:
                 batch = callback.batch(self, batch)
+            batch = batch._replace(inputs=arranged(batch.inputs, self.layout))
             self.batch = batch
             self._set_learning_rate()
             loss = step(self, batch)
@@ -258,6 +263,7 @@ class Trainer:
             callback.load_state_dict(saved)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        arrange_state(self.optimizer)
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         restore_random_state(state["random"])
         return True
