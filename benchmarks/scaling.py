@@ -32,24 +32,9 @@ from efficientdnns.data.text import WindowSplit
 from efficientdnns.method import Method
 from efficientdnns.models.transformer import SIZES
 from efficientdnns.session import Session
-from efficientdnns.surgery import ChannelGraph, remove
 
 TOKENS = 16
 PHASES = ("build", "check", "method", "measure", "save")
-
-
-class MagnitudeSurgery(Method):
-    """Half of the channels of every group really removed, those with the smallest weights: surgery without a method."""
-
-    in_place = False
-
-    def apply(self, session: Session) -> None:
-        graph = ChannelGraph.trace(session.model, session.example_input)
-        sizes = {name: parameter.detach().abs() for name, parameter in session.model.named_parameters()}
-        scores = {group.name: group.reduce(sizes, ("out",)) for group in graph.groups if group.size > 1}
-        del sizes
-        selection = {name: score.argsort()[: len(score) // 2] for name, score in scores.items()}
-        session.model = remove(session.model, session.example_input, selection, graph, verify=False)
 
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -58,7 +43,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "multibit-2": lambda: ed.AlternatingMultibitQuantization(weight_bits=2, epochs=0),
     "tucker-quarter": lambda: ed.TuckerDecomposition(ranks=0.25, finetune_epochs=0),
     "nisp": lambda: ed.NISP(samples=4),
-    "magnitude-surgery": MagnitudeSurgery,
+    "prune-channels": lambda: ed.PruneChannels(pruning_ratio=0.5),
 }
 
 

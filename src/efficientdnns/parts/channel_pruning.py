@@ -90,6 +90,17 @@ class ChannelOptions(Method):
         scores = scores or {group.name: torch.zeros(group.size) for group in groups}
         return kept_widths(session, self, graph, groups, self.offer(scores), self.pruning_ratio)
 
+    def weakest(self, session: Session, graph: ChannelGraph, groups: Sequence[Group], scores: Scores) -> Selection:
+        """The channels of lowest score that have to go by the plan."""
+        plan = self.plan(session, graph, groups, scores)
+        return {group.name: weakest(scores[group.name], group.size - plan[group.name]) for group in groups}
+
+    def remove(self, session: Session, graph: ChannelGraph, groups: Sequence[Group], selection: Selection) -> nn.Module:
+        """Cut the session's network and report the widths."""
+        session.model = cut(session, graph, selection)
+        session.report(**kept_report(graph, groups, selection))
+        return session.model
+
 
 class ChannelPruning(ChannelOptions):
     """A one-shot method: score, cut, fine-tune. A subclass gives `scores`, or decides group by group in `select`."""
@@ -105,15 +116,11 @@ class ChannelPruning(ChannelOptions):
 
     def select(self, session: Session, graph: ChannelGraph, groups: Sequence[Group]) -> Selection:
         """Indices of the channels that go; the weights of ``session.model`` may be changed to make up for them."""
-        scores = self.scores(session, graph, groups)
-        plan = self.plan(session, graph, groups, scores)
-        return {group.name: weakest(scores[group.name], group.size - plan[group.name]) for group in groups}
+        return self.weakest(session, graph, groups, self.scores(session, graph, groups))
 
     def apply(self, session: Session) -> None:
         graph, groups = self.groups(session)
-        selection = self.select(session, graph, groups)
-        session.model = cut(session, graph, selection)
-        session.report(**kept_report(graph, groups, selection))
+        self.remove(session, graph, groups, self.select(session, graph, groups))
         fine_tune(session, self.epochs, self.learning_rate)
 
 
@@ -163,9 +170,7 @@ class ChannelCallback(Callback):
 
     def finish(self, trainer: Trainer) -> None:
         self.session.model = trainer.model
-        selection = self.select(trainer)
-        trainer.model = self.session.model = cut(self.session, self.graph, selection)
-        self.session.report(**kept_report(self.graph, self.groups, selection))
+        trainer.model = self.method.remove(self.session, self.graph, self.groups, self.select(trainer))
 
 
 def fine_tune(session: Session, epochs: int, learning_rate: float | None, **settings: Any) -> None:

@@ -5,7 +5,7 @@ Criteria that look at data average a gradient over training samples (`loss_gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -75,8 +75,7 @@ def channel_scores(
     if criterion == "taylor":
         if gradients is None:
             raise ConfigurationError("the criterion 'taylor' needs gradients; give those of loss_gradients")
-        made = {n: p for n, p in _made(groups, parameters).items() if n in gradients}
-        products = {n: (p * gradients[n]).abs() for n, p in made.items()}
+        products = _Each({n: p for n, p in parameters.items() if n in gradients}, lambda n, p: (p * gradients[n]).abs())
         return {group.name: group.reduce(products).cpu() for group in groups}
     if criterion == "geometric-median":
         vectors = {group.name: unit_rows(group, parameters).double() for group in groups}
@@ -86,18 +85,30 @@ def channel_scores(
         norms = {g.name: g.reduce(scales, ("vector",), "mean").cpu() for g in groups}
         plain = channel_scores(model, [g for g in groups if not norms[g.name].any()], "l1")
         return norms | plain
-    made = _made(groups, parameters)
     if criterion == "l1":
-        sizes = {name: parameter.abs() for name, parameter in made.items()}
+        sizes = _Each(parameters, lambda _, p: p.abs())
         return {group.name: group.reduce(sizes).cpu() for group in groups}
-    squares = {name: parameter.square() for name, parameter in made.items()}
+    squares = _Each(parameters, lambda _, p: p.square())
     return {group.name: group.reduce(squares).sqrt().cpu() for group in groups}
 
 
-def _made(groups: Sequence[Group], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that make channels of the groups."""
-    names = dict.fromkeys(m.tensor for group in groups for m in group.members if m.role == "out")
-    return {name: parameters[name] for name in names if name in parameters}
+class _Each(Mapping[str, Tensor]):
+    """What a function makes of each tensor, computed when it is read: in a large network never all at once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], function: Callable[[str, Tensor], Tensor]) -> None:
+        self.tensors, self.function = tensors, function
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.function(name, self.tensors[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def group_importance(

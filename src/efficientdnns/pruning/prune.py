@@ -129,6 +129,7 @@ class PruneChannels(ChannelOptions, Schedule):
     """Remove filters, neurons or attention heads: any criterion on any schedule, with or without regrowth."""
 
     name: ClassVar[str] = "prune-channels"
+    in_place: ClassVar[bool] = False
 
     criterion: ChannelCriterion = "l1"
     """What scores a channel: norms of its weights or its group, batch-norm scales, |g w|, distance to the others, chance."""
@@ -157,6 +158,14 @@ class PruneChannels(ChannelOptions, Schedule):
                     f"{self.name}: {type(session.model).__name__} has no attention heads that can be removed"
                 )
         return graph, groups
+
+    def apply(self, session: Session) -> None:
+        if self.epochs:
+            return super().apply(session)
+        graph, groups = self.groups(session)
+        scores = self.scores(session, session.model, groups)
+        self.remove(session, graph, groups, self.weakest(session, graph, groups, scores))
+        self.afterwards(session)
 
     def callback(self, session: Session) -> Callback:
         return GradualChannels(self, session)
@@ -223,7 +232,7 @@ class GradualChannels(ChannelCallback):
         self.masks = {} if self.method.regrowth == "soft" else masks
 
     def select(self, trainer: Trainer) -> Selection:
-        if trainer.epochs == 0 or self.method.regrowth == "soft":
+        if self.method.regrowth == "soft":
             self.prune(trainer, 1.0)
         return self.gone
 

@@ -88,13 +88,12 @@ class Group:
         if reduction not in ("sum", "mean"):
             raise SurgeryError(f"unknown reduction {reduction!r}: write 'sum' or 'mean'")
         chosen = [m for m in self.members if m.role in tuple(roles) and m.tensor in values]
-        like = values[chosen[0].tensor] if chosen else torch.zeros(0)
-        total = like.new_zeros(self.size)
+        total = torch.zeros(self.size)
         elements = 0
         for member in chosen:
             value = values[member.tensor].movedim(member.dim, 0)
             rows = value.reshape(value.shape[0], -1)
-            total = total + rows.sum(1)[member.index.to(rows.device)].sum(1)
+            total = total.to(rows) + rows.sum(1)[member.index.to(rows.device)].sum(1)
             elements += member.index.shape[1] * rows.shape[1]
         return total / max(elements, 1) if reduction == "mean" else total
 
@@ -138,7 +137,7 @@ class ChannelGraph:
         Args:
             model: Left as it is (its train/eval flags too).
             example_inputs: One input tensor, or a tuple of the positional arguments, of any batch size.
-            verify: Also try the removal of one unit of every group, and keep whole the groups for which the smaller
+            verify: Also try the removal of half the units of every group, and keep whole the groups for which the smaller
                 network fails or computes something else (for instance because the code says ``view(-1, 256)``).
 
         Raises:

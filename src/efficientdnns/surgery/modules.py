@@ -72,7 +72,7 @@ class ScatterChannels(nn.Module):
             len(present) and not 0 <= int(present.min()) <= int(present.max()) < size
         ):
             raise SurgeryError(f"positions must be distinct and lie in 0..{size - 1}, got {present.tolist()}")
-        absent = [c for c in range(size) if c not in set(present.tolist())]
+        absent = sorted(set(range(size)) - set(present.tolist()))
         values = torch.zeros(len(absent)) if fill is None else torch.as_tensor(fill).detach().clone()
         if values.shape != (len(absent),):
             raise SurgeryError(
