@@ -1,6 +1,6 @@
 """Do zeros make a layer faster? Compressed rows, Winograd and frequency execution beside the dense layer, in turns.
 
-    python benchmarks/sparse.py [--batches 1,64] [--rounds 10] [--markdown]
+    python benchmarks/sparse.py [--batches 1,64] [--rounds 10] [--only lstm] [--markdown]
 
 Every entry is the dense layer's time divided by the other's: above 1 zeros pay, below 1 dense is faster. Times are the
 least of the thread's processor time over rounds in which all variants take turns.
@@ -29,6 +29,8 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "1x1 256-256, 14x14": (nn.Conv2d(256, 256, 1), (256, 14, 14)),
     "3x3 128-128, 16x16": (nn.Conv2d(128, 128, 3, padding=1), (128, 16, 16)),
     "3x3 64-64, 32x32": (nn.Conv2d(64, 64, 3, padding=1), (64, 32, 32)),
+    "LSTM 256-256, 32 steps": (nn.LSTM(256, 256, batch_first=True), (32, 256)),
+    "LSTM 1024-1024, 16 steps": (nn.LSTM(1024, 1024, batch_first=True), (16, 1024)),
 }
 TITLES = ["layer", "batch", "dense ms", *(f"{s:.0%} zeros" for s in SPARSITIES), "Winograd, dense", "DCT, dense"]
 
@@ -38,9 +40,10 @@ def variants(layer: nn.Module) -> list[nn.Module | None]:
     made: list[nn.Module | None] = []
     for sparsity in SPARSITIES:
         sparse = copy.deepcopy(layer)
-        weight = sparse.get_parameter("weight")
         with torch.no_grad():
-            weight.mul_(largest_mask(weight.abs(), round((1 - sparsity) * weight.numel())))
+            for weight in sparse.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(largest_mask(weight.abs(), round((1 - sparsity) * weight.numel())))
         made.append(compressed(sparse))
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
         return [*made, WinogradConv2d.of(layer, 2), DCTConv2d.of(layer, "frequency")]
@@ -66,12 +69,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", default="", help="layers whose name has this in it")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = []
     for name, (layer, shape) in LAYERS.items():
+        if options.only.lower() not in name.lower():
+            continue
         for batch in map(int, options.batches.split(",")):
             others = variants(layer)
             run = [network for network in others if network is not None]

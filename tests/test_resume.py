@@ -39,8 +39,17 @@ def command(recipe, out, *options):
     ]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The result of the run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    subprocess.run(command(folder / "recipe.yaml", folder / "out"), check=True, stdout=subprocess.DEVNULL)
+    return folder / "out"
+
+
 @pytest.mark.parametrize("run", ["run-001", "run-002", "run-003"])
-def test_kill_and_resume(run, tmp_path) -> None:
+def test_kill_and_resume(run, whole, tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     process = subprocess.Popen(command(recipe, tmp_path / "out"), stdout=subprocess.DEVNULL)
@@ -53,10 +62,8 @@ def test_kill_and_resume(run, tmp_path) -> None:
     assert checkpoint.exists()
     assert not (tmp_path / "out" / "report.json").exists()
     subprocess.run(command(recipe, tmp_path / "out", "--resume"), check=True, stdout=subprocess.DEVNULL)
-    if not (tmp_path / "whole").exists():
-        subprocess.run(command(recipe, tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
     for file in ("model.safetensors", "structure.json"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes()
     assert not (tmp_path / "out" / ".checkpoints").exists()
 
 

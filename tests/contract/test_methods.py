@@ -42,7 +42,7 @@ def assert_same_state(a, b) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ident)
-def test_runs_is_deterministic_and_reloads_to_equal_outputs(method, trained, digits, tmp_path) -> None:
+def test_runs_and_reloads_to_equal_outputs(method, trained, digits, tmp_path) -> None:
     before = copy.deepcopy(trained.state_dict())
     result = compress(trained, digits, [small(method)])
     for name, value in trained.state_dict().items():
@@ -55,9 +55,6 @@ def test_runs_is_deterministic_and_reloads_to_equal_outputs(method, trained, dig
     assert result.before.bytes > 0
     assert result.after.bytes > 0
     json.dumps(result.report.model_dump())
-
-    again = compress(trained, digits, [small(method)])
-    assert_same_state(result.model, again.model)
 
     result.save(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == result.after.bytes
@@ -85,7 +82,7 @@ def test_shares_a_run_with_distillation(method, trained, digits) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ident)
-def test_resumes_to_the_same_result(method, trained, digits, tmp_path, monkeypatch) -> None:
+def test_is_deterministic_and_resumes_to_the_same_result(method, trained, digits, tmp_path, monkeypatch) -> None:
     chain = [ed.Fit(epochs=1), small(method)]
     whole = compress(trained, digits, chain)
     saves = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,27 +21,31 @@ from efficientdnns.surgery import rebuildable, replace_module
 
 
 class _Compressed(nn.Module):
-    """The compressed rows of ``weight``, made on first use and again whenever it changes."""
+    """The compressed rows of the weights, made on first use and again whenever they change."""
 
-    weight: Tensor
-    _rows: tuple[Any, Tensor] | None = None
+    _rows: dict[str, tuple[Any, Tensor]] | None = None
 
-    def rows(self) -> Tensor | None:
+    def rows(self, name: str = "weight") -> Tensor | None:
         """(M, everything a filter reads) in compressed rows; None where the dense layer has to run."""
-        weight = self.weight
+        weight = getattr(self, name)
         dense = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference(weight)
-        if dense or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if dense or weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return None
+        made = self._rows = {} if self._rows is None else self._rows
         key = weight.data_ptr(), weight._version
-        if self._rows is None or self._rows[0] != key:
+        if name not in made or made[name][0] != key:
             with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch calls the layout a beta
-                self._rows = key, weight.detach().flatten(1).to_sparse_csr()
-        return self._rows[1]
+                made[name] = key, weight.detach().flatten(1).to_sparse_csr()
+        return made[name][1]
 
     def forget(self) -> None:
         """Drop the compressed rows; they are made again when needed."""
         self._rows = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_rows"}  # PyTorch cannot copy them
 
     def train(self, mode: bool = True) -> Self:
         self.forget()
@@ -92,6 +96,75 @@ class SparseConv2d(_Compressed, nn.Conv2d):
         return y.view(self.out_channels, batch, height, width).transpose(0, 1)
 
 
+@rebuildable
+class SparseLSTM(_Compressed, nn.LSTM):
+    """An LSTM that skips zeros, called like ``nn.LSTM``: one product for the inputs of all steps, and one a step for the
+    state. Packed sequences and projections (``proj_size``) take the dense layer.
+    """
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        sizes = ("input_size", "hidden_size", "num_layers", "proj_size", "dropout")
+        return {name: getattr(self, name) for name in (*sizes, "bias", "batch_first", "bidirectional")}
+
+    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+        ends = [f"l{n}{way}" for n in range(self.num_layers) for way in ("", "_reverse")[: 1 + self.bidirectional]]
+        matrices: dict[str, Tensor] = {}
+        if self._takes(input, hx):
+            found = {f"{kind}_{end}": self.rows(f"weight_{kind}_{end}") for end in ends for kind in ("ih", "hh")}
+            matrices = {name: rows for name, rows in found.items() if rows is not None}
+        if len(matrices) < 2 * len(ends):
+            return super().forward(input, hx)
+        x = input[:, None] if input.dim() == 2 else input.transpose(0, 1) if self.batch_first else input
+        size = len(ends), x.shape[1], self.hidden_size
+        starts = zip(*(state.reshape(size) for state in hx or (x.new_zeros(size), x.new_zeros(size))), strict=True)
+        states, outputs = [], []
+        for end, (h, c) in zip(ends, starts, strict=True):
+            names = [f"bias_ih_{end}", f"bias_hh_{end}"] if self.bias else []
+            bias = sum((getattr(self, name) for name in names), x.new_zeros(4 * self.hidden_size))
+            given, recurrent = matrices[f"ih_{end}"], matrices[f"hh_{end}"]
+            y, *state = _recurrent(x, given, recurrent, bias, h, c, end.endswith("reverse"))
+            states.append(state)
+            outputs.append(y)
+            if len(outputs) == 1 + self.bidirectional:
+                x, outputs = torch.cat(outputs, 2), []
+        h, c = (torch.stack(kind) for kind in zip(*states, strict=True))
+        if input.dim() == 2:
+            return x[:, 0], (h[:, 0], c[:, 0])
+        return x.transpose(0, 1) if self.batch_first else x, (h, c)
+
+    def _takes(self, x: Any, states: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether this is a case for compressed rows; the dense layer says what is wrong with other inputs."""
+        if self.training or self.proj_size or not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.numel():
+            return False
+        batch = () if x.dim() == 2 else (x.shape[0 if self.batch_first else 1],)
+        size = self.num_layers * (1 + self.bidirectional), *batch, self.hidden_size
+        fit = all(s.shape == size and s.dtype == torch.float32 for s in states or ())
+        return fit and x.shape[-1] == self.input_size and x.dtype == torch.float32
+
+
+def _recurrent(
+    x: Tensor, inputs: Tensor, recurrent: Tensor, bias: Tensor, h: Tensor, c: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer in one direction: x (T, B, n), rows of (4 H, n) and (4 H, H), bias (4 H), h and c (B, H) -> outputs
+    (T, B, H) and the last h and c. The gates are i, f, g, o, as in ``nn.LSTM``.
+    """
+    (steps, batch, features), width = x.shape, h.shape[1]
+    given = torch.addmm(bias[:, None], inputs, x.reshape(-1, features).T).view(4 * width, steps, batch)
+    times: Callable[..., Tensor] = torch.addmm
+    h, c = h.T, c.T
+    if batch == 1:  # vectors are faster than matrices of one column
+        times, given, h, c = torch.addmv, given[..., 0], h[:, 0], c[:, 0]
+    outputs = []
+    for at in reversed(range(steps)) if reverse else range(steps):
+        i, f, g, o = times(given[:, at], recurrent, h).chunk(4)
+        c = (f.sigmoid_() * c).addcmul_(i.sigmoid_(), g.tanh_())
+        h = c.tanh().mul_(o.sigmoid_())
+        outputs.append(h)
+    y = torch.stack(outputs[::-1] if reverse else outputs).view(steps, width, batch).transpose(1, 2).contiguous()
+    return y, h.view(width, batch).T, c.view(width, batch).T
+
+
 def compressed(layer: nn.Module) -> nn.Module | None:
     """The layer with the same tensors that skips zeros; None where there is none."""
     if type(layer) is nn.Linear:
@@ -101,6 +174,8 @@ def compressed(layer: nn.Module) -> nn.Module | None:
             return None
         sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         new = SparseConv2d(*sizes, bias=layer.bias is not None, device="meta")  # type: ignore[arg-type]
+    elif type(layer) is nn.LSTM and not layer.proj_size:
+        new = SparseLSTM(**SparseLSTM.config(layer), device="meta")  # type: ignore[arg-type]
     else:
         return None
     for name, parameter in layer.named_parameters(recurse=False):
@@ -111,12 +186,13 @@ def compressed(layer: nn.Module) -> nn.Module | None:
 def inputs_of(
     model: nn.Module, names: Sequence[str], example: Any, forward: Forward | None = None
 ) -> dict[str, Tensor]:
-    """What the named layers are given in one call of the network; those that are not called are left out."""
+    """What the named layers are given in one call of the network; those that are not called with a tensor are left out."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, args[0].detach().clone())
+            if args and isinstance(args[0], Tensor):
+                seen.setdefault(name, args[0].detach().clone())
 
         return hook
 
@@ -155,9 +231,9 @@ def faster_sparse(
     result = copy.deepcopy(model)
     tried = {}
     for name, module in result.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() > 1 and (new := compressed(module)) is not None:
-            share = 1 - int(weight.count_nonzero()) / weight.numel()
+        if (new := compressed(module)) is not None:
+            weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+            share = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
             if share >= sparsity:
                 tried[name] = module, new, share
     seen = inputs_of(result, list(tried), with_batch(example, batch), forward)

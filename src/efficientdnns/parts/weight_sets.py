@@ -15,9 +15,9 @@ HOMOGENEOUS = frozenset(
     | {"max_pool1d", "max_pool2d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "getitem", "amax"}
     | {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d", "add", "add_"}
     | {"flatten", "view", "reshape", "_unsafe_view", "permute", "transpose", "contiguous", "clone", "alias", "detach"}
-    | {"squeeze", "unsqueeze", "slice", "select", "expand", "pad", "constant_pad_nd", "t", "upsample_nearest2d"}
+    | {"squeeze", "unsqueeze", "slice", "select", "expand", "t", "upsample_nearest2d"}
 )
-"""Operations f with f(c x) = c f(x) for every c > 0."""
+"""Operations f with f(c x) = c f(x) for every c > 0. Padding is none of them: the trace does not say with what."""
 
 
 class WeightSets(NamedTuple):
@@ -67,7 +67,9 @@ def _homogeneous(graph: ChannelGraph, group: Group, folded: set[str]) -> bool:
         if made & set(node.parameters):
             flowing.add(node.name)
         elif flowing & set(node.inputs) and not read & set(node.parameters):
-            both = node.operation not in ("add", "add_") or flowing.issuperset(node.inputs)
+            # Something else, a parameter or a number (which is no input) may be added: that does not scale.
+            alone = len(node.inputs) > 1 and not node.parameters and flowing.issuperset(node.inputs)
+            both = node.operation not in ("add", "add_") or alone
             if not (node.module in folded and node.operation == "batch_norm") and not (
                 node.operation in HOMOGENEOUS and both
             ):

@@ -15,8 +15,8 @@ from efficientdnns.session import Session
 
 
 class SparseExecution(Method):
-    """Replace linear layers and convolutions with at least ``sparsity`` zeros by ones that multiply with compressed rows,
-    each only where it was measured to be faster by ``gain`` for ``batch`` samples on this machine.
+    """Replace linear layers, convolutions and LSTMs with at least ``sparsity`` zeros by ones that multiply with compressed
+    rows, each only where it was measured to be faster by ``gain`` for ``batch`` samples on this machine.
 
     Take it as the last step. Outputs change by rounding only, the file and its exports not at all. A choice that is timed
     can fall otherwise the next time.
