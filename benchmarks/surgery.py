@@ -52,6 +52,7 @@ import efficientdnns as ed
 from efficientdnns.errors import SurgeryError
 from efficientdnns.measurement import count_macs
 from efficientdnns.surgery import ChannelGraph, remove, zero_contributions
+from efficientdnns.surgery.precision import computing_in
 from efficientdnns.surgery.reference import reference_outputs
 
 TIMM = """vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256
@@ -164,7 +165,8 @@ def compare(
     """Verdict on the smaller network, in float64, from the full network with zeroed contributions and as it was."""
     wide = tree_map(lambda x: x.double() if x.is_floating_point() else x, inputs)
     try:
-        expected, got = reference(wide), outputs(smaller.double(), wide)
+        with computing_in(torch.float64):
+            expected, got = reference(wide), outputs(smaller, wide)
     except RuntimeError as error:  # constants in the code
         return {"verdict": "runs", "reason": f"not in float64: {one_line(error)}"}
     if [t.shape for t in expected] != [t.shape for t in got]:
@@ -173,7 +175,8 @@ def compare(
         return {"verdict": "runs", "reason": "outputs are not finite"}
     size = max((float(t.abs().max()) for t in expected if t.numel()), default=0.0)
     gap = max((float((a - b).abs().max()) for a, b in zip(expected, got) if a.numel()), default=0.0) / max(size, 1e-30)
-    full = outputs(model.double(), wide)
+    with computing_in(torch.float64):
+        full = outputs(model, wide)
     same = [t.shape for t in full] == [t.shape for t in expected] and all(map(torch.equal, full, expected))
     if size == 0 or same:
         return {"verdict": "runs", "reason": "the removed channels do not matter for the outputs"}

@@ -60,7 +60,8 @@ def kmeans_1d(
     ordered = _sorted_values(values)
     if clusters < 1 or iterations < 0:
         raise ConfigurationError(f"clusters is {clusters} and iterations {iterations}; use at least 1 and 0")
-    distinct, counts = np.unique(ordered, return_counts=True)
+    found = torch.unique_consecutive(torch.from_numpy(ordered), return_counts=True)
+    distinct, counts = (tensor.numpy() for tensor in found)
     if distinct.size <= clusters:
         centroids = distinct
     else:
@@ -68,7 +69,9 @@ def kmeans_1d(
     # round first, so that the assignments are those of the centroids that the caller gets
     rounded = torch.unique(torch.from_numpy(centroids).to(values.dtype))
     exact = rounded.to(torch.float64).numpy()
-    used, assignments = np.unique(np.searchsorted((exact[1:] + exact[:-1]) / 2, flat, side="left"), return_inverse=True)
+    nearest = np.searchsorted((exact[1:] + exact[:-1]) / 2, flat, side="left")
+    used = np.bincount(nearest, minlength=exact.size) > 0
+    assignments = (np.cumsum(used) - 1)[nearest]
     centroids_left = rounded[torch.from_numpy(used)]
     return Clustering(
         centroids_left.to(values.device), torch.from_numpy(assignments).reshape(values.shape).to(values.device)

@@ -124,7 +124,7 @@ class NonlinearReconstructionPruning(ChannelPruning):
                 "activated": total_error(readings, kept),
                 "linear": total_error([reading.without_activation() for reading in readings], kept),
             }
-            return torch.tensor([j for j in range(group.size) if j not in set(kept.tolist())])
+            return torch.tensor(sorted(set(range(group.size)) - set(kept.tolist())), dtype=torch.long)
 
         selection = sweep(session, groups, plan, choose)
         session.report(errors=errors, not_read=left_whole(graph, groups))

@@ -31,7 +31,6 @@ def reference_outputs(
     graph: ChannelGraph,
     example: Sequence[Any] | None = None,
     dtype: torch.dtype | None = torch.float64,
-    casts: bool = True,
 ) -> list[Tensor]:
     """The outputs of ``model`` with the contributions of the units of ``plan`` zeroed.
 
@@ -40,25 +39,22 @@ def reference_outputs(
         plan: Group name -> units.
         graph: Its channel graph, traced by export.
         example: Positional inputs; by default those of the traced run.
-        dtype: Floating-point numbers are computed in it; None leaves them as they are.
-        casts: Whether that also holds for floating-point types written into operations: the trace does not tell a type
-            that the code asks for from one that it read off a tensor.
+        dtype: Floating-point numbers are computed in it, also where operations name another type; None leaves them as
+            they are.
 
     Returns:
         The output tensors, flattened.
     """
     assert graph.exported is not None
-    run = _Run(model, plan, graph, dtype, casts)
+    run = _Run(model, plan, graph, dtype)
     with torch.no_grad():
         return run.outputs(graph.example if example is None else example)
 
 
 class _Run:
-    def __init__(
-        self, model: nn.Module, plan: Plan, graph: ChannelGraph, dtype: torch.dtype | None, casts: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, graph: ChannelGraph, dtype: torch.dtype | None) -> None:
         assert graph.exported is not None
-        self.program, self.dtype, self.casts = graph.exported, dtype, casts
+        self.program, self.dtype = graph.exported, dtype
         self.sizes = Sizes(graph, plan)
         self.tensors = tensors_of(model)
         self.zeroed: dict[str, list[tuple[int, Tensor]]] = {}
@@ -117,7 +113,7 @@ class _Run:
 
     def _dtypes(self, arguments: Any) -> Any:
         """Casts written in the code are to the precision of this run."""
-        wide = self.dtype if self.casts else None
+        wide = self.dtype
         return torch.fx.node.map_aggregate(
             arguments, lambda x: wide if wide and isinstance(x, torch.dtype) and x.is_floating_point else x
         )

@@ -124,7 +124,28 @@ def export(
     """torch.export without its warnings and logs; ``dynamic``: the first dimension of every tensor may vary."""
     shapes = tree_map(lambda _: {0: torch.export.Dim.AUTO}, arguments) if dynamic else None
     with quietly(), plain_attention():
-        return torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
+    _inline_regions(program.graph_module)
+    return program
+
+
+def _inline_regions(module: torch.fx.GraphModule) -> None:
+    """Put what a network does under ``torch.autocast(enabled=False)`` or ``torch.no_grad()`` where it stands: export keeps
+    it in graphs of its own."""
+    graph = module.graph
+    regions = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+    while found := [node for node in graph.nodes if getattr(node.target, "__name__", "") in regions]:
+        node = found[0]
+        at = next(i for i, x in enumerate(node.args) if isinstance(x, torch.fx.Node) and x.op == "get_attr")
+        inside: torch.fx.Graph = getattr(module, node.args[at].target).graph
+        given = dict(zip(inside.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True))
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(inside, given)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    module.recompile()
 
 
 @contextmanager

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from efficientdnns.surgery.graph import ChannelGraph
+from efficientdnns.surgery.precision import computing_in
 from efficientdnns.surgery.recorded import RecordedForward, kind_of
 from efficientdnns.surgery.recorder import Unrecordable, record, signatures, written_in
 from efficientdnns.surgery.reference import reference_outputs
-from efficientdnns.surgery.remove import clone, sliced, zero_contributions
+from efficientdnns.surgery.remove import sliced, zero_contributions
 from efficientdnns.surgery.resize import Sizes
 from efficientdnns.surgery.trace import Inputs, as_arguments, evaluating, first_line, hint, plain_attention, quietly
 
@@ -61,10 +60,6 @@ def mismatch(
         if [t.shape for t in expected] != [t.shape for t in got]:
             return f"its outputs change shape from {_shapes(expected)} to {_shapes(got)}"
         distance = _distance(expected, got)
-        if distance > allowed and dtype is not None:  # numbers whose type the code fixes (position codes in float32)
-            with suppress(RuntimeError, TypeError):
-                expected = reference_outputs(model, plan, graph, probe, dtype, casts=False)
-                distance = min(distance, _distance(expected, got))
         if distance > allowed:
             again = _run_in(dtype, smaller, probe)
             if _distance(got, again) <= allowed:  # a network with randomness in eval mode cannot be compared
@@ -77,25 +72,11 @@ def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-class _Widening(TorchFunctionMode):
-    """Every operation sees the floating-point tensors of a network in ``dtype``, one layer's at a time."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.own = {id(t) for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(lambda x: x.to(self.dtype) if id(x) in self.own else x, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-
 def _run_in(dtype: torch.dtype | None, model: nn.Module, probe: Sequence[Any]) -> list[Tensor]:
-    """Outputs computed in ``dtype``; the network keeps its own, so that no second copy of it is needed."""
     if dtype is None:
         return _run(model, probe)
-    with _Widening(model, dtype):
-        return _run(model, [x.to(dtype) if _floats(x) else x for x in probe])
+    with computing_in(dtype):
+        return _run(model, probe)
 
 
 def probed(example: Sequence[Any]) -> list[Any]:
@@ -255,11 +236,8 @@ Runs = tuple[list[Tensor], list[Tensor], list[Tensor]]
 def _run_in_float64(reference: nn.Module, other: nn.Module, arguments: Sequence[Any]) -> Runs | None:
     """Outputs of reference, other and reference again; None where float64 fails (constants in the code, the device)."""
     try:
-        doubled = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-        wide = clone(reference).double()  # one wide copy at a time
-        expected, again = _run(wide, doubled), _run(wide, doubled)
-        del wide
-        return expected, _run(clone(other).double(), doubled), again
+        with computing_in(torch.float64):
+            return _run(reference, arguments), _run(other, arguments), _run(reference, arguments)
     except (RuntimeError, TypeError):
         return None
 
