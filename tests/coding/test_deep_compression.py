@@ -92,3 +92,22 @@ def test_the_file_is_small_and_decodes_to_the_same_network(trained, digits, tmp_
 def test_unknown_layers_are_named(trained, digits) -> None:
     with pytest.raises(ed.ConfigurationError, match="no layer is called 'fc9'"):
         ed.compress(trained, digits, [ed.DeepCompression(sparsity={"fc9": 0.5})], quiet=True)
+
+
+def test_biases_are_shared_and_the_smallest_codec_taken_where_asked(trained, digits, tmp_path) -> None:
+    own = {"prune_epochs": 0, "prune_iterations": 1, "share_epochs": 1, "sparsity": 0.9, "bits": {"conv": 4, "fc": 3}}
+    plain = ed.compress(trained, digits, ed.DeepCompression(**own), quiet=True, latency=False)
+    small = ed.compress(
+        trained, digits, ed.DeepCompression(bias_bits=2, coder="smallest", **own), quiet=True, latency=False
+    )
+    assert small.after.bytes < plain.after.bytes
+    biases = {n: p for n, p in small.model.named_parameters() if n.endswith("bias")}
+    assert {n: len(p[p != 0].unique()) for n, p in biases.items() if int(p.count_nonzero()) > 8}.keys() >= {"fc1.bias"}
+    for name, bias in biases.items():
+        values = bias[bias != 0]
+        assert len(values.unique()) <= 4 or len(values) <= 8, name
+    assert any(len(p.unique()) > 5 for n, p in plain.model.named_parameters() if n.endswith("bias"))
+    small.save(tmp_path, exports=())
+    images = next(iter(digits.evaluation.batches(16))).inputs
+    with torch.inference_mode():
+        assert torch.equal(ed.load(tmp_path)(images), small.model(images))

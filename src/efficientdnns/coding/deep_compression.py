@@ -63,11 +63,13 @@ class DeepCompression(Method):
     Under a budget the kept shares of all layers are raised to one power, which is found on the network as it is before the
     first and again before the last round of pruning.
 
-    Biases stay as they are. The report gives the bytes after each stage, each of a file that was written and decoded.
+    Biases stay as they are unless ``bias_bits`` says otherwise. The report gives the bytes after each stage, each of a file
+    that was written and decoded.
 
     Deviations:
         An exact share per layer is the default (the paper gives the share, not the quality parameter). The codebook is
-        capped at the number of remaining weights. Text and tables of the paper disagree on index bits; the default is
+        capped at the number of remaining weights. ``bias_bits`` and ``coder`` are not the paper's: with few weights left,
+        biases of 32 bits are a quarter of the file. Text and tables of the paper disagree on index bits; the default is
         whatever codes smallest per layer.
     """
 
@@ -108,8 +110,12 @@ class DeepCompression(Method):
     """Epochs of training the centroids."""
     index_bits: IndexBits | None = None
     """Bits of a relative index; None takes what codes smallest."""
+    bias_bits: Bits | None = None
+    """Bits of a cluster id of the biases, where there are many more of them than clusters; None leaves them as they are."""
     huffman: bool = True
     """Code cluster ids and gaps; without it they are packed in fixed width."""
+    coder: Literal["paper", "smallest"] = "paper"
+    """The paper's relative indices and Huffman codes, or for every layer whatever codec of the library is smallest."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of retraining; None takes a tenth of the session's. The centroids get a tenth of that."""
 
@@ -187,7 +193,8 @@ class DeepCompression(Method):
         return model
 
     def _costs(self, model: nn.Module, names: Sequence[str], session: Session) -> Mapping[str, float]:
-        return costs(session, model, names, session.codecs | self._codecs(model, self.huffman))
+        own = self._codecs(model, self.huffman) if self.coder == "paper" else {}
+        return costs(session, model, names, session.codecs | own)
 
     def _codecs(self, model: nn.Module, huffman: bool) -> dict[str, DeepCompressionCodec]:
         return {name: DeepCompressionCodec(self.index_bits, huffman) for name in self.weights(model)}
@@ -209,7 +216,8 @@ class DeepCompression(Method):
         self.share(session, rate / 10)
         names = self.weights(session.model)
         packed = self._bytes(session, self._codecs(session.model, huffman=False))
-        session.codecs |= self._codecs(session.model, self.huffman)
+        if self.coder == "paper":
+            session.codecs |= self._codecs(session.model, self.huffman)
         coded = self._bytes(session, session.codecs)
         kept = {name: int((weight != 0).sum()) / size[name] for name, weight in names.items()}
         session.report(
@@ -255,7 +263,8 @@ class DeepCompression(Method):
                 for name, book in shared.items():
                     session.model.get_parameter(name).copy_(book.dense())
             measure = partial(self._costs, session=session)
-            if trim(session, self, session.model, list(shared), lambda model: measure(model, ["bytes"])["bytes"]):
+            names = [name for name in shared if name in self.weights(session.model)]
+            if trim(session, self, session.model, names, lambda model: measure(model, ["bytes"])["bytes"]):
                 for name, book in shared.items():
                     book.index[session.model.get_parameter(name) == 0] = 0
         session.train(
@@ -273,11 +282,17 @@ class DeepCompression(Method):
     def _codebooks(self, model: nn.Module, seed: int) -> dict[str, SharedWeight]:
         """The codebook of every layer that has weights left."""
         shared = {}
-        for name, weight in self.weights(model).items():
+        weights = self.weights(model)
+        for name, weight in weights.items():
             values = weight.detach()[weight.detach() != 0]
             if len(values):
                 clusters = min(2 ** self._bits(model, name), len(values))
                 shared[name] = SharedWeight(weight, *kmeans_1d(values, clusters, init=self.init, seed=seed))
+        biases = {n: p for n, p in model.named_parameters() if n.endswith("bias") and f"{n[:-4]}weight" in weights}
+        for name, bias in biases.items():
+            values = bias.detach()[bias.detach() != 0]
+            if self.bias_bits is not None and len(values) > 2 * 2**self.bias_bits:
+                shared[name] = SharedWeight(bias, *kmeans_1d(values, 2**self.bias_bits, init=self.init, seed=seed))
         return shared
 
     @staticmethod
