@@ -413,8 +413,9 @@ def main() -> None:
     if options.json and options.reuse and options.json.exists():
         results = [json.loads(text) for text in options.json.read_text().splitlines()]
         known = {(result["architecture"], result["tool"]): result for result in results}
-    elif options.json:
-        options.json.write_text("")
+    elif options.json and options.json.exists():  # what is known of networks that are not measured now stays
+        lines = options.json.read_text().splitlines(keepends=True)
+        options.json.write_text("".join(line for line in lines if json.loads(line)["architecture"] not in names))
 
     def one(name: str) -> list[str]:
         for tool in tools:
