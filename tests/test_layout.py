@@ -8,6 +8,8 @@ from torch import nn
 
 import efficientdnns as ed
 from efficientdnns.layout import arrange_state, arranged, fitting_layout, fitting_outputs, lay_out
+from efficientdnns.session import Session
+from efficientdnns.training import Callback
 
 
 class Viewing(nn.Sequential):
@@ -104,3 +106,17 @@ def test_a_trained_network_has_the_usual_layout_and_learns_the_same(digits) -> N
         trained.append(model)
     for first, second in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_callbacks_may_hold_on_to_the_weights(digits) -> None:
+    class Holds(Callback):
+        def setup(self, trainer) -> None:
+            self.held = {name: parameter.data for name, parameter in trainer.model.named_parameters()}
+
+        def after_step(self, trainer) -> None:
+            for name, parameter in trainer.model.named_parameters():
+                assert parameter.data_ptr() == self.held[name].data_ptr(), name
+
+    model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.Conv2d(8, 10, 24), nn.Flatten())
+    session = Session(model=model, task=digits, original=model)
+    session.train([Holds()], epochs=1, learning_rate=0.01, batch_size=64)

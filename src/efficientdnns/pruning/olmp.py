@@ -201,7 +201,7 @@ def relative_sizes(
         for name in names:
             sizes[name] = whole[name].abs() / max(threshold, 1e-30)
         largest = max(names, key=lambda name: float(sizes[name].max()))
-        sizes[largest].view(-1)[sizes[largest].argmax()] = torch.inf
+        sizes[largest][torch.unravel_index(sizes[largest].argmax(), sizes[largest].shape)] = torch.inf
     return sizes
 
 

@@ -104,9 +104,10 @@ class Trainer:
         self.layout = torch.contiguous_format
         if self.epochs:
             self.layout = fitting_layout(self.model, self.task.example_input, self.task.outputs)
+        lay_out(self.model, self.layout)  # before callbacks see the weights, which they may hold on to
         for callback in self.callbacks:
             callback.setup(self)
-        lay_out(self.model.to(self.device), self.layout)
+        self.model.to(self.device)
         self.optimizer = self._make_optimizer()
         distributed = self.accelerator.num_processes > 1
         self.network = self.accelerator.prepare_model(self.model) if distributed else self.model
