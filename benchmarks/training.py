@@ -26,6 +26,7 @@ from efficientdnns.training import TrainingSettings
 
 BATCH = 64
 FIELDS: dict[str, dict[str, float]] = {
+    "admm-pruning-iclrw": {"sparsity": 0.9},
     "admm-pruning": {"sparsity": 0.9},
     "activation-boundaries": {"init_epochs": 1},
     "deep-gradient-compression": {"warmup_epochs": 0},
@@ -47,7 +48,8 @@ def by_hand(task: ed.Task, name: str) -> Callable[[], float]:
         order = torch.randperm(len(inputs))
         for first in range(0, len(order) - BATCH + 1, BATCH):
             index = order[first : first + BATCH]
-            loss = torch.nn.functional.cross_entropy(model(inputs[index]), targets[index])
+            images = inputs[index] if task.train.prepare is None else task.train.prepare(inputs[index])
+            loss = torch.nn.functional.cross_entropy(model(images), targets[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
