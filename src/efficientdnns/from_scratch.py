@@ -176,9 +176,8 @@ def from_scratch(
         arms[name] = Arm(name=name, epochs=length, metric=found, training_macs=cost)
     sign = 1 if task.metric.higher_is_better else -1
     scratch = max((arms["scratch-e"], arms["scratch-b"]), key=lambda arm: sign * arm.mean)
-    difference, interval, says = verdict(
-        [sign * v for v in arms["fine-tune"].metric], [sign * v for v in scratch.metric]
-    )
+    pair = ([sign * value for value in arm.metric] for arm in (arms["fine-tune"], scratch))
+    difference, interval, says = verdict(*pair)
     return FromScratch(
         metric=task.metric.name,
         seeds=list(seeds),

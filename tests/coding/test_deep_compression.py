@@ -111,3 +111,11 @@ def test_biases_are_shared_and_the_smallest_codec_taken_where_asked(trained, dig
     images = next(iter(digits.evaluation.batches(16))).inputs
     with torch.inference_mode():
         assert torch.equal(ed.load(tmp_path)(images), small.model(images))
+
+
+def test_bits_are_needed_for_the_kinds_of_layers_there_are(trained, digits) -> None:
+    with pytest.raises(ed.ConfigurationError, match=r"bits lacks \['conv'\]"):
+        ed.compress(trained, digits, ed.DeepCompression(bits={"fc": 3}), quiet=True)
+    own = {"prune_epochs": 0, "prune_iterations": 1, "share_epochs": 0, "bits": {"fc": 3}}
+    model = ed.models.build("lenet-300-100")
+    assert ed.compress(model, digits, ed.DeepCompression(**own), quiet=True, latency=False).after.bytes < 40_000

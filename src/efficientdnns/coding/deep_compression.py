@@ -131,8 +131,8 @@ class DeepCompression(Method):
                 f"{type(session.model).__name__} has no linear, convolutional or recurrent layer for {self.name}"
             )
         self.shares(weights)
-        if unknown := set(self.bits) ^ {"conv", "fc"}:
-            raise ConfigurationError(f"{self.name}: bits lacks {sorted(unknown)}; write bits={{conv: 8, fc: 5}}")
+        if missing := {self._kind(session.model, name) for name in weights} - set(self.bits):
+            raise ConfigurationError(f"{self.name}: bits lacks {sorted(missing)}; write bits={{conv: 8, fc: 5}}")
 
     def check_network(self, session: Session) -> None:
         weights = self.weights(session.model)
@@ -177,8 +177,12 @@ class DeepCompression(Method):
         return self.powered(shares, plan["step"])
 
     def _bits(self, model: nn.Module, name: str) -> int:
+        return self.bits[self._kind(model, name)]
+
+    @staticmethod
+    def _kind(model: nn.Module, name: str) -> Literal["conv", "fc"]:
         layer = model.get_submodule(name.rpartition(".")[0])
-        return self.bits["conv" if isinstance(layer, nn.modules.conv._ConvNd) else "fc"]
+        return "conv" if isinstance(layer, nn.modules.conv._ConvNd) else "fc"
 
     @torch.no_grad()
     def _clustered(self, session: Session, shares: Mapping[str, float]) -> nn.Module:
