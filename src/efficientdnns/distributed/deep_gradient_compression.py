@@ -74,8 +74,9 @@ class Worker:
     def __init__(self, method: DeepGradientCompression, parameters: Mapping[str, Tensor]) -> None:
         self.method = method
         sparse = {name: tensor for name, tensor in parameters.items() if tensor.dim() >= method.min_dim}
-        self.u = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in sparse.items()}
-        self.v = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in sparse.items()}
+        # Entries are addressed by their position, in whatever layout the gradients come.
+        self.u = {name: torch.zeros(tensor.shape, device=tensor.device) for name, tensor in sparse.items()}
+        self.v = {name: torch.zeros(tensor.shape, device=tensor.device) for name, tensor in sparse.items()}
 
     @torch.no_grad()
     def compress(
