@@ -120,7 +120,7 @@ def _run(session: Session, steps: Sequence[Method]) -> list[MethodRecord]:
         if step.in_place:
             session.unshare()
         step.apply(session)
-        trim(collect=True)
+        trim(garbage_of=session.model)
         seconds = time.perf_counter() - started
         findings = session.findings.get(session.label, {})
         records.append(MethodRecord(id=session.label, fields=step.fields_as_data(), seconds=seconds, findings=findings))

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+LARGE = 10_000_000
+"""Parameters from which on it pays to look for memory that nothing uses any more."""
+
 
 def share(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose parameters and buffers are new tensors on the same memory.
@@ -74,13 +77,13 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], list
     return missing, unexpected
 
 
-def trim(collect: bool = False) -> None:
+def trim(garbage_of: nn.Module | None = None) -> None:
     """Give freed memory back to the system, where the C library would keep it for later (glibc).
 
-    Between two large layers that is the difference between the memory of one layer and that of all of them. ``collect``
-    runs the garbage collector first, which takes some tenths of a second.
+    Between two large layers that is the difference between the memory of one layer and that of all of them. The garbage
+    collector runs first if the network whose copies may be garbage, ``garbage_of``, is worth the tenths of a second.
     """
-    if collect:
+    if garbage_of is not None and sum(tensor.numel() for tensor in _tensors(garbage_of)) > LARGE:
         gc.collect()
     if (release := _malloc_trim()) is not None:
         release(0)

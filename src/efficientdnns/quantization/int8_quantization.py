@@ -188,7 +188,7 @@ def quantize_after_training(method: Int8Quantization, session: Session, model: n
     model.eval()
     split_attention(model)
     plan = method.plan(session, model)
-    trim(collect=True)
+    trim(garbage_of=model)
     spec = method.activation_spec()
 
     def observer() -> Observer:

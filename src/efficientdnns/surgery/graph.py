@@ -29,8 +29,6 @@ from efficientdnns.surgery.atoms import Atoms, Ids, KeptWhole
 from efficientdnns.surgery.trace import Inputs, Node, Record
 from efficientdnns.surgery.trace_network import trace_network
 
-LARGE = 50_000_000
-"""Parameters from which on it pays to look for memory that nothing uses any more."""
 Role = Literal["out", "in", "vector"]
 
 
@@ -155,8 +153,7 @@ class ChannelGraph:
             graph.groups = [group for group in graph.groups if group.name not in failures]
             for name, reason in failures.items():
                 graph.kept_whole.append(KeptWhole(name.split("#")[0], "forward", reason, (name.split("#")[0],)))
-            if sum(parameter.numel() for parameter in model.parameters()) > LARGE:
-                trim(collect=True)  # the networks of the trial, before the next one is made
+            trim(garbage_of=model)  # the networks of the trial, before the next one is made
         return graph
 
     @property
