@@ -28,15 +28,25 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear 2048-2048": (nn.Linear(2048, 2048), (2048,)),
     "1x1 256-256, 14x14": (nn.Conv2d(256, 256, 1), (256, 14, 14)),
     "3x3 128-128, 16x16": (nn.Conv2d(128, 128, 3, padding=1), (128, 16, 16)),
+    "3x3 256-256, 14x14": (nn.Conv2d(256, 256, 3, padding=1), (256, 14, 14)),
     "3x3 64-64, 32x32": (nn.Conv2d(64, 64, 3, padding=1), (64, 32, 32)),
     "LSTM 256-256, 32 steps": (nn.LSTM(256, 256, batch_first=True), (32, 256)),
     "LSTM 1024-1024, 16 steps": (nn.LSTM(1024, 1024, batch_first=True), (16, 1024)),
 }
-TITLES = ["layer", "batch", "dense ms", *(f"{s:.0%} zeros" for s in SPARSITIES), "Winograd, dense", "DCT, dense"]
+ZEROS = [f"{sparsity:.0%} zeros" for sparsity in SPARSITIES]
+TITLES = [
+    "layer",
+    "batch",
+    "dense ms",
+    *ZEROS,
+    "Winograd, dense",
+    *(f"Winograd, {zeros}" for zeros in ZEROS),
+    "DCT, dense",
+]
 
 
 def variants(layer: nn.Module) -> list[nn.Module | None]:
-    """The layer with more and more zeros in compressed rows, and (3x3) in the Winograd and the frequency domain."""
+    """The layer with more and more zeros in compressed rows and (3x3) in the Winograd domain, and in the frequency domain."""
     made: list[nn.Module | None] = []
     for sparsity in SPARSITIES:
         sparse = copy.deepcopy(layer)
@@ -46,8 +56,14 @@ def variants(layer: nn.Module) -> list[nn.Module | None]:
                     weight.mul_(largest_mask(weight.abs(), round((1 - sparsity) * weight.numel())))
         made.append(compressed(sparse))
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-        return [*made, WinogradConv2d.of(layer, 2), DCTConv2d.of(layer, "frequency")]
-    return [*made, None, None]
+        dense = WinogradConv2d.of(layer, 2)
+        made.append(dense)
+        for sparsity in SPARSITIES:
+            pruned = WinogradConv2d.of(layer, 2)
+            pruned.threshold = float(dense.transformed().detach().abs().quantile(sparsity))
+            made.append(compressed(pruned))
+        return [*made, DCTConv2d.of(layer, "frequency")]
+    return [*made, *[None] * (2 + len(SPARSITIES))]
 
 
 @torch.no_grad()

@@ -13,7 +13,15 @@ from efficientdnns.data.text import WindowSplit
 from efficientdnns.measurement.macs import count_macs
 from efficientdnns.parts import sparse_kernels
 from efficientdnns.parts.select import largest_mask
-from efficientdnns.parts.sparse_kernels import SparseConv2d, SparseLinear, SparseLSTM, compressed, faster_sparse
+from efficientdnns.parts.sparse_kernels import (
+    SparseConv2d,
+    SparseLinear,
+    SparseLSTM,
+    SparseWinogradConv2d,
+    compressed,
+    faster_sparse,
+)
+from efficientdnns.parts.winograd import WinogradConv2d
 from efficientdnns.pruning.sparse_execution import SparseExecution
 from efficientdnns.task import Task
 
@@ -61,6 +69,38 @@ def test_convolutions_compute_the_same(options, batch) -> None:
         torch.testing.assert_close(new(x), conv(x), atol=1e-5, rtol=1e-5)
     new(x).sum().backward()
     assert new.weight.grad is not None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tile", [2, 4])
+def test_winograd_convolutions_skip_the_zeros_of_their_domain(tile, batch) -> None:
+    dense = WinogradConv2d.of(nn.Conv2d(6, 10, 3, padding=1), tile)
+    dense.threshold = float(
+        dense.transformed().detach().abs().flatten().kthvalue(round(0.95 * 60 * (tile + 2) ** 2)).values
+    )
+    new = compressed(dense.eval())
+    x = torch.randn(batch, 6, 13, 12)
+    with torch.no_grad():
+        assert sum(matrix.values().numel() for matrix in new.rows()) == dense.transformed().count_nonzero()
+        torch.testing.assert_close(new(x), dense(x), atol=1e-5, rtol=1e-5)
+        new.weight.mul_(0.5)  # shared, and fewer are above the threshold
+        dense.forget()
+        torch.testing.assert_close(new(x), dense(x), atol=1e-5, rtol=1e-5)
+        again = SparseWinogradConv2d(**new.config()).eval()
+        again.load_state_dict(new.state_dict())
+        for other in (again, copy.deepcopy(new)):
+            torch.testing.assert_close(other(x), new(x))
+    new(x).sum().backward()
+    assert new.weight.grad is not None
+
+
+def test_a_winograd_convolution_is_tried_for_the_zeros_of_its_domain(fast) -> None:
+    fast(SparseWinogradConv2d)
+    layer = WinogradConv2d.of(nn.Conv2d(6, 10, 3, padding=1), threshold=100.0)  # its spatial weights are all there
+    network, found = faster_sparse(nn.Sequential(layer), torch.randn(1, 6, 8, 8))
+    assert found["0"] == {"sparsity": 1.0, "dense_ms": 1.0, "sparse_ms": 0.5, "used": True}
+    assert type(network[0]) is SparseWinogradConv2d
+    assert compressed(WinogradConv2d(4, 4, 3, groups=2)) is None
 
 
 def test_linear_layers_compute_the_same_and_follow_their_weights() -> None:

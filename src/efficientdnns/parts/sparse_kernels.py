@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from efficientdnns.measurement.inference import Forward, call, evaluating, with_batch
 from efficientdnns.measurement.latency import measure_latency
+from efficientdnns.parts.winograd import WinogradConv2d, winograd_conv2d, winograd_transform
 from efficientdnns.surgery import rebuildable, replace_module
 
 
 class _Compressed(nn.Module):
     """The compressed rows of the weights, made on first use and again whenever they change."""
 
-    _rows: dict[str, tuple[Any, Tensor]] | None = None
+    _rows: dict[str, tuple[Any, Any]] | None = None
 
-    def rows(self, name: str = "weight") -> Tensor | None:
-        """(M, everything a filter reads) in compressed rows; None where the dense layer has to run."""
+    def rows(self, name: str = "weight") -> Any:
+        """What `compress` makes of the tensor of this name; None where the dense layer has to run."""
         weight = getattr(self, name)
         dense = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference(weight)
         if dense or weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -36,8 +37,12 @@ class _Compressed(nn.Module):
         if name not in made or made[name][0] != key:
             with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch calls the layout a beta
-                made[name] = key, weight.detach().flatten(1).to_sparse_csr()
+                made[name] = key, self.compress(weight.detach())
         return made[name][1]
+
+    def compress(self, weight: Tensor) -> Any:
+        """(M, everything a filter reads) in compressed rows."""
+        return weight.flatten(1).to_sparse_csr()
 
     def forget(self) -> None:
         """Drop the compressed rows; they are made again when needed."""
@@ -94,6 +99,26 @@ class SparseConv2d(_Compressed, nn.Conv2d):
         if self.bias is not None:
             y = y + self.bias[:, None]
         return y.view(self.out_channels, batch, height, width).transpose(0, 1)
+
+
+@rebuildable
+class SparseWinogradConv2d(_Compressed, WinogradConv2d):
+    """An ungrouped convolution that skips the zeros of the Winograd domain: compressed rows for each entry of a tile."""
+
+    def compress(self, weight: Tensor) -> list[Tensor]:
+        u = self.prune(winograd_transform(weight, self.m))
+        return [matrix.to_sparse_csr() for matrix in u.flatten(2).permute(2, 0, 1).contiguous()]
+
+    def forget(self) -> None:
+        """Drop what was made of the weights; it is made again when needed."""
+        _Compressed.forget(self)
+        WinogradConv2d.forget(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows()
+        if rows is None:
+            return super().forward(x)
+        return winograd_conv2d(x, self.weight, self.bias, self.m, (self.padding[0], self.padding[1]), transformed=rows)
 
 
 @rebuildable
@@ -174,6 +199,8 @@ def compressed(layer: nn.Module) -> nn.Module | None:
             return None
         sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         new = SparseConv2d(*sizes, bias=layer.bias is not None, device="meta")  # type: ignore[arg-type]
+    elif type(layer) is WinogradConv2d and layer.groups == 1:
+        new = SparseWinogradConv2d(**layer.config()).to("meta")
     elif type(layer) is nn.LSTM and not layer.proj_size:
         new = SparseLSTM(**SparseLSTM.config(layer), device="meta")  # type: ignore[arg-type]
     else:
@@ -181,6 +208,15 @@ def compressed(layer: nn.Module) -> nn.Module | None:
     for name, parameter in layer.named_parameters(recurse=False):
         setattr(new, name, parameter)
     return new.train(layer.training)
+
+
+@torch.no_grad()
+def _zeros(layer: nn.Module) -> float:
+    """The share of zeros in what a layer multiplies with."""
+    weights: list[Tensor] = [parameter for parameter in layer.parameters(recurse=False) if parameter.dim() > 1]
+    if isinstance(layer, WinogradConv2d):
+        weights = [layer.transformed()]
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
 
 
 def inputs_of(
@@ -231,11 +267,8 @@ def faster_sparse(
     result = copy.deepcopy(model)
     tried = {}
     for name, module in result.named_modules():
-        if (new := compressed(module)) is not None:
-            weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
-            share = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
-            if share >= sparsity:
-                tried[name] = module, new, share
+        if (new := compressed(module)) is not None and (share := _zeros(module)) >= sparsity:
+            tried[name] = module, new, share
     seen = inputs_of(result, list(tried), with_batch(example, batch), forward)
     found: dict[str, dict[str, Any]] = {}
     for name, (dense, new, share) in tried.items():

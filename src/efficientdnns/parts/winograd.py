@@ -7,6 +7,7 @@ that is pruned in the spatial domain is not sparse any more once transformed, an
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -50,6 +51,11 @@ def _product(roots: list[Fraction]) -> list[Fraction]:
     return result
 
 
+def _with_itself(matrix: Matrix) -> Matrix:
+    """The Kronecker product of a matrix with itself."""
+    return tuple(tuple(a * b for a in row for b in other) for row in matrix for other in matrix)
+
+
 def winograd_matrices(m: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """B^T (n, n), G (n, k) and A^T (m, n) of F(m, k)."""
     bt, g, at = (torch.tensor(matrix) for matrix in _matrices(m, k))
@@ -75,33 +81,38 @@ def winograd_conv2d(
     m: int = 2,
     padding: int | tuple[int, int] = 0,
     groups: int = 1,
-    transformed: Tensor | None = None,
+    transformed: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     r"""Stride-1 convolution by :math:`Y = A^T [(G w G^T) \odot (B^T X B)] A` of every tile X, summed over channels before A.
 
-    Tiles at the lower and right edge are filled with zeros and cropped.
+    Tiles at the lower and right edge are filled with zeros and cropped. Both transforms are one matrix product:
+    :math:`B^T X B` is :math:`(B^T \otimes B^T)` times the n^2 entries of X.
 
     Args:
         x: (N, C, H, W).
         weight: (M, C / groups, k, k).
         m: outputs of a tile in each direction.
-        transformed: (M, C / groups, n, n) in place of what `winograd_transform` makes of ``weight``, pruned for example.
+        transformed: (M, C / groups, n, n) in place of what `winograd_transform` makes of ``weight``, pruned for example; or
+            (without groups) one matrix (M, C) for each of the n^2 entries, in compressed rows.
     """
     k = weight.shape[-1]
     n = m + k - 1
-    bt, _, at = (matrix.to(x) for matrix in winograd_matrices(m, k))
-    u = winograd_transform(weight, m) if transformed is None else transformed
+    forth, _, back = (torch.tensor(_with_itself(matrix)).to(x) for matrix in _matrices(m, k))
     tall, wide = (padding, padding) if isinstance(padding, int) else padding
     height, width = x.shape[-2] + 2 * tall - k + 1, x.shape[-1] + 2 * wide - k + 1
     rows, columns = -(-height // m), -(-width // m)
     x = F.pad(x, (wide, columns * m + k - 1 - x.shape[-1] - wide, tall, rows * m + k - 1 - x.shape[-2] - tall))
-    batch, channels, outputs = x.shape[0], x.shape[1], u.shape[0]
-    tiles = bt @ x.unfold(2, n, m).unfold(3, n, m) @ bt.T  # (N, C, rows, columns, n, n)
-    tiles = tiles.reshape(batch, groups, channels // groups, -1, n * n).permute(4, 1, 2, 0, 3).flatten(3)
-    kernels = u.reshape(groups, outputs // groups, channels // groups, n * n).permute(3, 0, 1, 2)
-    y = kernels @ tiles  # (n n, groups, M / groups, N tiles)
-    y = y.reshape(n, n, outputs, batch, rows, columns).permute(3, 2, 4, 5, 0, 1)
-    y = (at @ y @ at.T).permute(0, 1, 2, 4, 3, 5).reshape(batch, outputs, rows * m, columns * m)
+    batch, channels, outputs = x.shape[0], x.shape[1], weight.shape[0]
+    tiles = x.transpose(0, 1).unfold(2, n, m).unfold(3, n, m)  # (C, N, rows, columns, n, n)
+    tiles = forth @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(n * n, -1)
+    tiles = tiles.view(n * n, groups, channels // groups, batch * rows * columns)
+    if isinstance(transformed, Sequence):
+        y = torch.stack([kernel @ entries for kernel, entries in zip(transformed, tiles[:, 0], strict=True)])
+    else:
+        u = winograd_transform(weight, m) if transformed is None else transformed
+        y = u.reshape(groups, outputs // groups, channels // groups, n * n).permute(3, 0, 1, 2) @ tiles
+    y = (back @ y.view(n * n, -1)).view(m, m, outputs, batch, rows, columns)
+    y = y.permute(3, 2, 4, 0, 5, 1).reshape(batch, outputs, rows * m, columns * m)
     y = y[..., :height, :width]
     return y if bias is None else y + bias.view(-1, 1, 1)
 
@@ -181,8 +192,11 @@ class WinogradConv2d(nn.Module):
         return self._kept[1]
 
     def _transformed(self) -> Tensor:
-        u = winograd_transform(self.weight, self.m)
-        return torch.where(u.abs() > self.threshold, u, torch.zeros_like(u))
+        return self.prune(winograd_transform(self.weight, self.m))
+
+    def prune(self, transformed: Tensor) -> Tensor:
+        """``transformed`` with zeros in place of what does not exceed the threshold."""
+        return torch.where(transformed.abs() > self.threshold, transformed, torch.zeros_like(transformed))
 
     def forward(self, x: Tensor) -> Tensor:
         sides = (self.padding[0], self.padding[1])

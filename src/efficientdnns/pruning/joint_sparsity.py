@@ -99,7 +99,8 @@ class JointSparsity(WeightOptions, TrainingMethod):
        noise), and *train the levels*, with the mean gradient of their members.
     3. *Deploy* the file either way: spatially, or as Winograd convolutions whose transformed weights up to
        :math:`\theta_W` are zero (``deploy="winograd"``, `WinogradConv2d`). The report has the metric on the calibration
-       split and the sparsity and multiplications of both. That zeros save multiplications takes a kernel that skips them.
+       split and the sparsity and multiplications of both. `sparse-execution` as the next step skips the zeros of either
+       domain where that is faster.
 
     Deviations:
         The coefficients start in equilibrium, which from the paper's start takes thousands of steps to reach. Thresholds
