@@ -154,6 +154,8 @@ class TrainingMethod(Method):
     """L2 coefficient of the optimizer."""
     schedule: Literal["constant", "cosine", "linear", "step"] | None = None
     """Learning-rate schedule over the run; 'step' divides by 10 at 50 % and 75 %."""
+    augment: bool | None = None
+    """Change training images at random as the task says."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"training data", "labels"})
 
@@ -174,7 +176,7 @@ class TrainingMethod(Method):
 
     def settings(self) -> dict[str, Any]:
         """The training settings that this method fixes."""
-        names = ("learning_rate", "batch_size", "optimizer", "weight_decay", "schedule")
+        names = ("learning_rate", "batch_size", "optimizer", "weight_decay", "schedule", "augment")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def apply(self, session: Session) -> None:

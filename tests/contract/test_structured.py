@@ -11,11 +11,13 @@ from torch import Tensor, nn
 import efficientdnns as ed
 from efficientdnns.deployment import check_result
 from efficientdnns.models import build
-from efficientdnns.parts.channel_pruning import ChannelOptions
 from efficientdnns.task import Task
 
 KINDS = ("residual", "depthwise", "attention")
-METHODS = [m for m in (*ed.methods("pruning"), ed.PruneChannels) if issubclass(m, ChannelOptions)]
+METHODS = [
+    m for m in (*ed.methods("pruning"), ed.PruneChannels) if "macs" in m.budgets and not issubclass(m, ed.ADMMPruning)
+]
+"""All but ADMM's columns of a matrix, which are not channels."""
 
 
 class DepthwiseNet(nn.Module):
@@ -94,6 +96,8 @@ def ident(method: type[ed.Method]) -> str:
 def test_meets_a_budget_on_any_network(method, kind, networks, task, tmp_path) -> None:
     model = copy.deepcopy(networks[kind])
     fields = dict(method.contract_fields)
+    if method is ed.SoftFilterPruning and kind == "attention":
+        fields["linear"] = ("mlp.0",)  # its one convolution is too little
     if "epochs" in method.model_fields and fields.get("epochs", 0):
         fields["epochs"] = 1
     result = ed.compress(model, task, [method(**fields)], budget="macs=0.7", quiet=True, latency=False)

@@ -6,7 +6,12 @@ import torch
 from torch import nn
 
 from efficientdnns.models import build
-from efficientdnns.parts.dead import remove_constant_channels, remove_dead_channels, remove_dead_inputs
+from efficientdnns.parts.dead import (
+    remove_constant_channels,
+    remove_dead_channels,
+    remove_dead_inputs,
+    remove_without_effect,
+)
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -49,6 +54,19 @@ def test_one_channel_stays_when_all_are_dead() -> None:
         model[2].weight.zero_()
     smaller = remove_dead_channels(model, torch.randn(1, 5))
     assert smaller[0].out_features == 1
+
+
+def test_what_a_zero_switches_off_goes_with_it() -> None:
+    """The first convolution still makes something of the channels that the depthwise one sets to zero."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter[2:5] = 0
+    x = torch.randn(2, 3, 6, 6)
+    assert remove_without_effect(model, x, {"2": torch.tensor([1, 2])}) is model, "channel 1 has an effect"
+    smaller = remove_without_effect(model, x, {"2": torch.tensor([2, 3, 4])})
+    assert smaller[0].out_channels == smaller[2].groups == smaller[4].in_channels == 5
+    torch.testing.assert_close(outputs(smaller, x), outputs(model, x))
 
 
 def test_nothing_dead_gives_the_network_itself() -> None:

@@ -90,9 +90,9 @@ def test_gates_sit_on_inputs_of_linear_layers_and_maps_of_convolutions(digits, p
     assert torch.equal(closed[0], closed[1]) != per_sample
 
 
-@pytest.mark.parametrize("name", ["lenet5", "lenet-300-100", "small-resnet", "vgg"])
+@pytest.mark.parametrize("name", ["lenet5", "lenet-300-100", "small-resnet", "vgg", "depthwise"])
 def test_removal_reproduces_the_gated_network(digits, name) -> None:
-    model = build(name) if name != "vgg" else small_vgg()
+    model = build_like(name)
     session = Session(model, digits, model)
     gated_outputs = []
     x = torch.randn(8, 1, 28, 28)
@@ -126,8 +126,17 @@ def small_vgg() -> nn.Module:
     )  # fmt: skip
 
 
+def depthwise() -> nn.Module:
+    """Only the depthwise convolution can be gated, and the one in front of it goes with it."""
+    return nn.Sequential(
+        nn.Conv2d(1, 24, 3, 4, bias=False), nn.BatchNorm2d(24), nn.ReLU6(),
+        nn.Conv2d(24, 24, 3, 2, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
+    )  # fmt: skip
+
+
 def build_like(name: str) -> nn.Module:
-    return build(name) if name != "vgg" else small_vgg()
+    return {"vgg": small_vgg, "depthwise": depthwise}.get(name, lambda: build(name))()
 
 
 def test_run_removes_neurons_and_their_producers(trained, digits) -> None:

@@ -121,9 +121,15 @@ def disturbed(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "make", [Residual, lambda: ed.models.build("cifar-resnet20", num_classes=4)], ids=["residual", "resnet20"]
+    ("make", "linear"),
+    [
+        (Residual, ()),
+        (lambda: ed.models.build("cifar-resnet20", num_classes=4), ()),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.GELU(), nn.Linear(32, 4)), ("1",)),
+    ],
+    ids=["residual", "resnet20", "linear"],
 )
-def test_the_small_network_computes_what_the_zeroed_one_does(make) -> None:
+def test_the_small_network_computes_what_the_zeroed_one_does(make, linear) -> None:
     torch.manual_seed(0)
     model, task = disturbed(make()), images_task()
     zeroed: list[nn.Module] = []
@@ -132,7 +138,7 @@ def test_the_small_network_computes_what_the_zeroed_one_does(make) -> None:
         def finish(self, trainer):
             zeroed.append(copy.deepcopy(trainer.model).eval())
 
-    method = ed.SoftFilterPruning(pruning_ratio=0.4)
+    method = ed.SoftFilterPruning(pruning_ratio=0.4, linear=linear)
     session = session_of(model, task)
     session.train([Keep(), method.callback(session)], epochs=1, batch_size=16, learning_rate=0.01)
     x = torch.randn(4, 3, 16, 16)
@@ -160,6 +166,29 @@ def test_validation_sees_the_zeroed_network(digits, trained, monkeypatch) -> Non
 def test_a_network_without_convolutions_is_refused(digits) -> None:
     with pytest.raises(ed.ModelError, match="no convolution"):
         ed.compress(ed.models.build("lenet-300-100"), digits, [ed.SoftFilterPruning(epochs=1)], quiet=True)
+
+
+class Padded(nn.Module):
+    """A shortcut of zeros: half of the channels of the sum come from one convolution alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.fc(torch.relu(self.conv(x) + nn.functional.pad(x, (0, 0, 0, 0, 0, 8))).mean((2, 3)))
+
+
+def test_all_the_filters_that_no_other_layer_adds_to_may_go() -> None:
+    torch.manual_seed(0)
+    model, task = Padded(), images_task()
+    with torch.no_grad():
+        model.conv.weight[8:] *= 1e-3
+    method = ed.SoftFilterPruning(pruning_ratio=0.5, epochs=1, batch_size=16, learning_rate=1e-4)
+    result = ed.compress(model, task, [method], quiet=True, latency=False)
+    assert result.report.methods[0].findings["zeroed"] == {"stem": 4, "conv": 8}
+    assert result.after.params < 0.6 * result.before.params
 
 
 class Pointwise(nn.Module):

@@ -77,6 +77,19 @@ def test_equals_a_hand_written_loop(task) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("augment", [True, False])
+def test_inputs_are_changed_unless_told_otherwise(task, augment) -> None:
+    changed = []
+
+    def change(x, generator):
+        changed.append(len(x))
+        return x
+
+    task.train.augment = change
+    trainer(task, epochs=1, settings={"augment": augment}).fit()
+    assert bool(changed) is augment
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_killed_run_resumes_to_the_same_result(task, tmp_path, optimizer, stop) -> None:

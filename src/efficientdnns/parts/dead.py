@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,22 @@ def remove_dead_channels(model: nn.Module, example_inputs: Any, round_to: int = 
         if not selection:
             return model
         model = remove(model, example_inputs, selection, graph)
+
+
+def remove_without_effect(model: nn.Module, example_inputs: Any, units: Mapping[str, Tensor]) -> nn.Module:
+    """Remove the named output channels of layers (layer -> indices) with all that goes with them, as far as the network gives
+    the same outputs without them; at least one of every group stays.
+    """
+    graph, selection = ChannelGraph.trace(model, example_inputs), {}
+    for group in graph.groups:
+        rows = {m.tensor: m.index[:, 0] for m in group.members if m.role != "in"}
+        for name in units:
+            if f"{name}.weight" in rows:
+                silent = torch.isin(rows[f"{name}.weight"], units[name].cpu())
+                silent[0] &= not silent.all()
+                if silent.any() and _without(model, group, silent, graph, example_inputs):
+                    selection[group.name] = silent.nonzero().flatten()
+    return remove(model, example_inputs, selection, graph) if selection else model
 
 
 def remove_constant_channels(model: nn.Module, example_inputs: Any) -> nn.Module:

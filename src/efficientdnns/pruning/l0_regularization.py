@@ -22,17 +22,18 @@ from efficientdnns.errors import ConfigurationError
 from efficientdnns.measurement.macs import count_macs
 from efficientdnns.method import Paper, TrainingMethod
 from efficientdnns.parts.budgets import costs, limits_of, meet, require_reachable, targets_of
-from efficientdnns.parts.dead import remove_dead_channels, remove_dead_inputs
+from efficientdnns.parts.dead import remove_dead_channels, remove_dead_inputs, remove_without_effect
 from efficientdnns.parts.gate import HardConcrete
 from efficientdnns.parts.gated import Gated, folded, gate_inputs, gate_outputs, gates_of
 from efficientdnns.parts.select import by_pattern, largest_mask, layer_weights, without
 from efficientdnns.parts.structured import Holder, WidthCosts, holders
-from efficientdnns.surgery import ChannelGraph
+from efficientdnns.surgery import ChannelGraph, Group
 from efficientdnns.training import Callback, ExponentialMovingAverage, Trainer
 
 if TYPE_CHECKING:
     from efficientdnns.session import Session
 
+_LAYERS = nn.Linear, nn.modules.conv._ConvNd
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -76,18 +77,20 @@ class L0Regularization(TrainingMethod):
     the layer. The report has the open gates of each layer, the expected number of parameters and the expected FLOPs
     (:math:`2\, \mathrm{MACs} \cdot \overline{P}` of a layer).
 
-    Which layers: all linear ones, and the convolutions whose output maps no other layer adds to (of a residual block
-    the first ones); with a mapping for ``strength`` exactly those that it names. Behind a convolution's batch norm the
-    gates act on its output, for it would undo a scale in front.
+    Which layers: all linear ones, and the convolutions whose output maps no other layer adds to (of a residual block the
+    first ones), or of an expanding and a depthwise one the latter, whose gates switch both; with a mapping for ``strength``
+    exactly those that it names. Behind a convolution's batch norm the gates act on its output, for it would undo a scale in
+    front.
 
     Under a budget the penalty rests while the open gates are within it, and at the end the gates of largest
     :math:`\log\alpha` stay that it allows; if more may stay than are open, all :math:`\log\alpha` move up by one number.
 
     Deviations:
-        The bias of a filter is gated with it and costs as much as a weight (the released code drops it in training and
-        rewards it in the penalty). ``weight_decay`` is the coefficient in force in every layer (the released LeNet-5
-        divides it by N). ``gate_learning_rate`` is ours; larger than the learning rate it closes gates in fewer epochs.
-        A trained network is tuned as it is unless ``from_scratch``, which the paper always does.
+        Depthwise convolutions are not in the paper; their gates cost what they themselves hold. The bias of a filter is gated
+        with it and costs as much as a weight (the released code drops it in training and rewards it in the penalty).
+        ``weight_decay`` is the coefficient in force in every layer (the released LeNet-5 divides it by N).
+        ``gate_learning_rate`` is ours; larger than the learning rate it closes gates in fewer epochs. A trained network is
+        tuned as it is unless ``from_scratch``, which the paper always does.
     """
 
     paper: ClassVar[Paper | None] = Paper(
@@ -162,7 +165,14 @@ class L0Regularization(TrainingMethod):
         self, session: Session, model: nn.Module, hosts: Mapping[str, str], values: Mapping[str, Tensor]
     ) -> nn.Module:
         """The network with these gate values folded in, without what closed gates switch off."""
-        cut = remove_dead_channels(folded(model, hosts, values), session.example_input, self.round_to)
+        closed = {
+            name: (values[name] == 0).nonzero().flatten()
+            for name in hosts
+            if isinstance(layer := model.get_submodule(name), nn.modules.conv._ConvNd) and layer.groups > 1
+        }
+        # What is made for a depthwise convolution is not zero itself, but goes with what the gates switch off.
+        cut = remove_without_effect(folded(model, hosts, values), session.example_input, closed)
+        cut = remove_dead_channels(cut, session.example_input, self.round_to)
         return remove_dead_inputs(cut, hosts, self.round_to)
 
     def hosts(self, model: nn.Module, example_input: Any) -> dict[str, tuple[str, float]]:
@@ -172,13 +182,14 @@ class L0Regularization(TrainingMethod):
             ConfigurationError: a pattern fits no layer, or no layer can be gated.
         """
         graph = ChannelGraph.trace(model, example_input)
-        alone = {n for group in graph.groups if len(names := graph.producers(group)) == 1 for n in names}
+        alone = {makers[-1] for group in graph.groups if (makers := _makers(model, graph, group))}
         hosts: dict[str, str] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 hosts[name] = name
-            elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1 and not module.transposed:
-                hosts[name] = graph.batch_norm_after(name) or name
+            elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+                if module.groups == 1 or name in alone:
+                    hosts[name] = graph.batch_norm_after(name) or name
         # A batch norm without scale and shift has nothing to fold the gates into.
         hosts = {n: h for n, h in hosts.items() if getattr(model.get_submodule(h), "weight", None) is not None}
         hosts = without(hosts, self.skip, f"{self.name}: skip")
@@ -190,6 +201,22 @@ class L0Regularization(TrainingMethod):
         if not strengths:
             raise ConfigurationError(f"{self.name}: {type(model).__name__} has no linear layer or convolution to gate")
         return {name: (hosts[name], value) for name, value in strengths.items()}
+
+
+def _makers(model: nn.Module, graph: ChannelGraph, group: Group) -> list[str]:
+    """What makes the channels of a group before anything is added to them: a layer by itself, or one and the depthwise
+    convolutions behind it, of which the last decides; empty where there is something else. What the channels are multiplied
+    with, as in squeeze-and-excitation, follows them.
+    """
+    held = {member.module for member in group.members if member.role != "in"}
+    names = [name for name in graph.order if name in held and isinstance(model.get_submodule(name), _LAYERS)]
+    deep = [name for name in names if _depthwise(model.get_submodule(name))]
+    last = names.index(deep[-1]) if deep else 0
+    return names[: last + 1] if len(names) == 1 or (deep and names[1 : last + 1] == deep) else []
+
+
+def _depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _LAYERS[1]) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 class L0(Callback):
@@ -282,10 +309,10 @@ class L0(Callback):
                 held[name] = [(f"{name}.weight", 1, 1)]
         for group in graph.groups:
             # A unit goes with the gate of the filter that makes it, or of the one input that reads it.
-            makers, readers = graph.producers(group), graph.consumers(group)
-            if len(makers) == 1 and makers[0] in held and not isinstance(layers[makers[0]], nn.Linear):
+            makers, readers = _makers(model, graph, group), graph.consumers(group)
+            if makers and makers[-1] in held and not isinstance(layers[makers[-1]], nn.Linear):
                 flattened = {f"{r}.weight" for r in readers if r in held and isinstance(layers[r], nn.Linear)}
-                held[makers[0]] = [holder for holder in holders(group) if holder[0] not in flattened]
+                held[makers[-1]] = [holder for holder in holders(group) if holder[0] not in flattened]
             elif len(readers) == 1 and readers[0] in held and (f"{readers[0]}.weight", 1, 1) in holders(group):
                 held[readers[0]] = holders(group)
         self.full = {name: gates_of(layers[name]) for name in self.hosts}

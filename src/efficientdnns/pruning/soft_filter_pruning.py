@@ -19,7 +19,7 @@ from efficientdnns.method import Paper, Ratio, TrainingMethod
 from efficientdnns.parts.budgets import check_patterns, costs, limits_of, matches, meet, require_reachable, targets_of
 from efficientdnns.parts.structured import Holder, Scope, WidthCosts, Widths, holders, weakest
 from efficientdnns.session import Session
-from efficientdnns.surgery import ChannelGraph, absorb_constants, narrow_output, remove
+from efficientdnns.surgery import ChannelGraph, Group, absorb_constants, narrow_output, remove
 from efficientdnns.training import Callback, Trainer
 from efficientdnns.training.sparsity import apply_masks
 
@@ -68,7 +68,8 @@ class SoftFilterPruning(TrainingMethod):
     Batch-norm parameters and biases are not zeroed.
 
     Deviations:
-        ``pruning_ratio`` is the pruned share P (the official ``rate`` is the kept share).
+        ``pruning_ratio`` is the pruned share P (the official ``rate`` is the kept share). ``linear`` is not the paper's,
+        whose networks have convolutions only.
     """
 
     paper: ClassVar[Paper | None] = Paper(
@@ -97,14 +98,18 @@ class SoftFilterPruning(TrainingMethod):
     """Whether zeroed filters go on being trained; without it those of the first pruning stay zero, as a control."""
     skip: tuple[str, ...] = ("*downsample*", "*shortcut*")
     """Convolutions left alone, as name patterns."""
+    linear: tuple[str, ...] = ()
+    """Linear layers whose neurons are treated as filters too, as name patterns: those inside a transformer's MLPs, say."""
     epochs: PositiveInt = 200
     """Epochs of the training run."""
 
     def check(self, session: Session) -> None:
         super().check(session)
+        check_patterns(self.linear, _linear(session.model), f"{self.name}: linear")
         if not self.layers(session.model):
             raise ModelError(
-                f"{type(session.model).__name__} has no convolution for {self.name} to prune; check skip={self.skip}"
+                f"{type(session.model).__name__} has no convolution for {self.name} to prune; check skip={self.skip}, or "
+                "name linear layers with linear=[...]"
             )
 
     def check_network(self, session: Session) -> None:
@@ -145,8 +150,9 @@ class SoftFilterPruning(TrainingMethod):
         )
 
     def layers(self, model: nn.Module) -> list[str]:
-        """The convolutions that are pruned: all of more than one filter that are neither depthwise nor skipped."""
-        return [name for name in _convolutions(model) if not matches(name, self.skip)]
+        """What is pruned: convolutions of more than one filter, neither depthwise nor skipped, and linear layers named."""
+        convolutions = [name for name in _convolutions(model) if not matches(name, self.skip)]
+        return convolutions + [name for name in _linear(model) if matches(name, self.linear)]
 
     def callback(self, session: Session) -> Callback:
         return SoftPruning(self, session)
@@ -222,10 +228,10 @@ def shrunk(
             weight[filters.to(weight.device)] = 0
     graph = ChannelGraph.trace(model, example)
     alone = {}
-    for group in graph.groups:
-        if graph.producers(group) == [group.name] and group.name in zero:
+    for name, group in _alone(model, graph).items():
+        if name in zero:
             rows = next(m.index[:, 0] for m in group.members if m.role == "out")
-            alone[group.name] = torch.isin(rows, zero[group.name]).nonzero().flatten()
+            alone[name] = torch.isin(rows, zero[name]).nonzero().flatten()
     absorbed, selection, varying = absorb_constants(model, example, alone, graph)
     # Traced anew: layers that took constants over may have got a bias.
     small = remove(absorbed, example, selection) if selection else absorbed
@@ -249,15 +255,23 @@ def _convolutions(model: nn.Module) -> list[str]:
     ]
 
 
+def _linear(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _alone(model: nn.Module, graph: ChannelGraph) -> dict[str, Group]:
+    """The groups that are the filters of one layer, all of them and nothing else."""
+    own = dict(model.named_parameters())
+    groups = {group.name: group for group in graph.groups if graph.producers(group) == [group.name]}
+    return {name: group for name, group in groups.items() if group.size == len(own[f"{name}.weight"])}
+
+
 def _held(model: nn.Module, session: Session, layers: list[str]) -> dict[str, list[Holder]]:
     """What goes with a filter of each layer: its rows, and what reads them where nothing else is added to them."""
     graph = ChannelGraph.trace(model, session.example_input)
-    alone = {g.name: g for g in graph.groups if graph.producers(g) == [g.name]}
-    own = dict(model.named_parameters())
+    alone, own = _alone(model, graph), dict(model.named_parameters())
     held: dict[str, list[Holder]] = {}
     for name in layers:
         rows = [f"{part}.{tensor}" for part in (name, graph.batch_norm_after(name)) for tensor in ("weight", "bias")]
-        group = alone.get(name)
-        whole = group is not None and group.size == len(own[f"{name}.weight"])
-        held[name] = holders(group) if group is not None and whole else [(row, 0, 1) for row in rows if row in own]
+        held[name] = holders(alone[name]) if name in alone else [(row, 0, 1) for row in rows if row in own]
     return held

@@ -30,6 +30,8 @@ class TrainingSettings(BaseModel):
     """Epochs over which the learning rate rises linearly from 0."""
     clip_norm: PositiveFloat | None = None
     """Largest global gradient norm; None does not clip."""
+    augment: bool = True
+    """Change training images at random as the task says; a network with few weights left may do better without."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of forward and backward passes."""
 

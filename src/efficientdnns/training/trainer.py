@@ -174,7 +174,7 @@ class Trainer:
             shuffle=True,
             seed=self.seed,
             epoch=self.epoch,
-            augment=True,
+            augment=self.settings.augment,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             drop_last=self._drop_last,
