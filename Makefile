@@ -18,7 +18,7 @@ test: install
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n 2 --durations 25
 
 clean:
 	rm -rf $(VENV) runs
