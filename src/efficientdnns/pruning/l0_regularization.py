@@ -187,7 +187,10 @@ class L0Regularization(TrainingMethod):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 hosts[name] = name
-            elif isinstance(module, _LAYERS[1]) and not module.transposed and (module.groups == 1 or name in alone):
+            elif _depthwise(module):
+                if name in alone:
+                    hosts[name] = graph.batch_norm_after(name) or name
+            elif isinstance(module, _LAYERS[1]) and module.groups == 1 and not module.transposed:
                 hosts[name] = graph.batch_norm_after(name) or name
         # A batch norm without scale and shift has nothing to fold the gates into.
         hosts = {n: h for n, h in hosts.items() if getattr(model.get_submodule(h), "weight", None) is not None}
