@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
+from table import show
 
 import efficientdnns as ed
 from efficientdnns.recipe import Recipe, compose, construct
@@ -84,14 +83,7 @@ def main() -> None:
     page = write_page(options.out / "compare.html", compare_page(compare(sorted(options.out.glob("*-[0-9]*")))))
     rows = [row(name, reports) for name, reports in results.items()]
     titles = ["method", "metric", "+-", "n", "MACs", "parameters", "bytes", "training s"]
-    if options.markdown:
-        for line in [titles, ["---"] * len(titles), *rows]:
-            print("| " + " | ".join(line) + " |")
-    else:
-        table = Table(*titles)
-        for line in rows:
-            table.add_row(*line)
-        Console().print(table)
+    show(titles, rows, options.markdown)
     print(f"written to {page}", file=sys.stderr)
 
 

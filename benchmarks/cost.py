@@ -35,9 +35,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from scaling import Phases
+from table import show
 from torch import Tensor
 
 import efficientdnns as ed
@@ -205,14 +204,7 @@ def main() -> None:
                 with options.json.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     lines = lines_of(rows, [size for size in WIDTHS if any(row["size"] == size for row in rows)])
-    if options.markdown:
-        for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]:
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(*lines[0], title=f"seconds of apply (times fit), {options.threads} thread(s)", title_justify="left")
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console().print(table)
+    show(lines[0], lines[1:], options.markdown, f"seconds of apply (times fit), {options.threads} thread(s)")
 
 
 if __name__ == "__main__":

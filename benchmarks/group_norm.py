@@ -18,7 +18,7 @@ import torch
 import torch_pruning
 from pydantic import NonNegativeFloat
 from rich.console import Console
-from rich.table import Table
+from table import show
 from torch import Tensor, nn
 
 import efficientdnns as ed
@@ -123,14 +123,7 @@ def main() -> None:
         seconds = statistics.mean(sum(record.seconds for record in result.report.methods) for result in results)
         accuracy = f"{statistics.mean(values):.2f}{spread}"
         rows.append([name.strip(), whose, accuracy, *(f"{ratio:.3f}" for ratio in ratios), f"{seconds:.0f}"])
-    if options.markdown:
-        for line in [TITLES, ["---", "---", "--:", "--:", "--:", "--:"], *rows]:
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(*TITLES)
-    for line in rows:
-        table.add_row(*line)
-    Console().print(table)
+    show(TITLES, rows, options.markdown)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from table import show
 from torch import Tensor, nn
 
 import efficientdnns as ed
@@ -208,16 +208,8 @@ def main() -> None:
                 lines.append(
                     [name, share, f"{ratio:.2f}x", f"{blocks:.2f}x", *(cell for pair in cells for cell in pair)]
                 )
-    if options.markdown:
-        padded = [line + [""] * (len(headings) - len(line)) for line in lines]
-        for line in (headings, ["---"] * len(headings), *padded):
-            print("| " + " | ".join(line) + " |")
-        return
-    title = f"batch {options.batch}, {options.threads} thread(s), round_to={options.round_to}"
-    table = Table(*headings, title=title, title_justify="left")
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+    caption = f"batch {options.batch}, {options.threads} thread(s), round_to={options.round_to}"
+    show(headings, lines, options.markdown, caption)
 
 
 if __name__ == "__main__":

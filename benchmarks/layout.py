@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from table import show
 from torch import nn
 from torch.nn import functional as F
 
@@ -78,16 +77,7 @@ def main() -> None:
     for batch in BATCHES:
         taken = medians(model, (batch, 3, 32, 32), evaluate, options.rounds)
         rows.append(["cifar-resnet20, ms an image", str(batch), *(f"{1000 * t / batch:.2f}" for t in taken)])
-    if options.markdown:
-        for line in [rows[0], ["---"] * 4, *rows[1:]]:
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(
-        *rows[0], title="usual layout / channels-last; in the last lines each by itself", title_justify="left"
-    )
-    for line in rows[1:]:
-        table.add_row(*line)
-    Console().print(table)
+    show(rows[0], rows[1:], options.markdown, "usual layout / channels-last; in the last lines each by itself")
 
 
 if __name__ == "__main__":

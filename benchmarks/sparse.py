@@ -13,8 +13,7 @@ import copy
 import time
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from table import show
 from torch import Tensor, nn
 
 from efficientdnns.parts.dct import DCTConv2d
@@ -100,14 +99,7 @@ def main() -> None:
             dense, *times = seconds([layer, *run], torch.randn(batch, *shape), options.rounds)
             ratios = iter(f"{dense / value:.2f}x" for value in times)
             rows.append([name, str(batch), f"{1e3 * dense:.3f}", *("-" if n is None else next(ratios) for n in others)])
-    if options.markdown:
-        for line in [TITLES, ["---"] * len(TITLES), *rows]:
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(*TITLES)
-    for line in rows:
-        table.add_row(*line)
-    Console().print(table)
+    show(TITLES, rows, options.markdown)
 
 
 if __name__ == "__main__":

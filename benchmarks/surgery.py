@@ -42,8 +42,7 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
+from table import show
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
@@ -430,14 +429,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(one, names))
-    if options.markdown:
-        for line in [TITLES, ["---"] * len(TITLES), *rows]:
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(*TITLES)
-    for line in rows:
-        table.add_row(*line)
-    Console(width=180).print(table)
+    show(TITLES, rows, options.markdown)
 
 
 if __name__ == "__main__":

@@ -119,3 +119,8 @@ def test_environment_names_versions_but_no_machine():
     text = str(found)
     assert platform.node() not in text or platform.node() in ("Linux", "localhost", "")
     assert "/" not in text
+
+
+def test_a_metric_reads_as_one_line():
+    value = MetricValue("accuracy", 91.2345, "test", 10_000, True, "%")
+    assert str(Metric(**value._asdict())) == str(value) == "accuracy 91.23 % (test, n=10,000)"

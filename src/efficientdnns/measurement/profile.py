@@ -48,6 +48,9 @@ class Metric(BaseModel):
     higher_is_better: bool = True
     unit: str = ""
 
+    def __str__(self) -> str:
+        return str(MetricValue(**self.model_dump()))
+
 
 class Profile(BaseModel):
     """Everything measured about one network; the ``before`` and ``after`` of ``report.json``.
