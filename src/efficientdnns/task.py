@@ -61,8 +61,9 @@ class Task:
         forward: ``(model, inputs) -> outputs`` in place of `outputs`.
         example_input: a batch of one; by default the first sample. A list of samples is kept as ``(list,)``: the
             arguments of one call.
-        num_classes: classes, or size of the vocabulary; by default what the training data tells. A detector's count the
-            background, label 0, as torchvision's do.
+        num_classes: classes, or size of the vocabulary; by default the labels tell the least number, and the network that
+            the task is used with, which may know more, the number. A detector's count the background, label 0, as
+            torchvision's do.
 
     Kinds:
         ``classification``: targets (B,); cross-entropy, accuracy in percent.
@@ -118,10 +119,10 @@ class Task:
         splits = [split for split in (self.train, self.evaluation, self.calibration) if split is not None]
         for split in splits:
             check_targets(kind, split, num_classes)
-        if num_classes is None:
-            counts = [classes for split in splits if (classes := count_classes(kind, split)) is not None]
-            num_classes = max(counts, default=None)
-        self.num_classes = num_classes
+        counts = [classes for split in splits if (classes := count_classes(kind, split)) is not None]
+        self.num_classes = max(counts, default=None) if num_classes is None else num_classes
+        self.least_classes = self.num_classes if num_classes is None else None
+        """What the labels tell where `num_classes` was not given: a few images need not show every class."""
         if self.train is not None and self.calibration is None and calibration_share > 0:
             self._carve(calibration_share, seed)
         example = self._first_input() if example_input is None else example_input
@@ -301,6 +302,8 @@ class Task:
             if key in PARTS and value is not None:
                 value = as_split(value, key)
             setattr(other, key, as_metric(value) if key == "metric" else value)
+        if "num_classes" in changes:
+            other.least_classes = None
         return other
 
     def without_labels(self) -> Task:

@@ -273,6 +273,13 @@ def test_check_fits() -> None:
     hundred = task.with_(num_classes=100)
     with pytest.raises(ModelError, match=r"gives 10 outputs but task 'custom' has 100 classes; .* num_classes=100"):
         models.check_fits(model, hundred)
+    few = Task.from_tensors((torch.rand(20, 1, 28, 28), torch.arange(20) % 4))
+    models.check_fits(models.build("lenet5", num_classes=12), few)
+    assert few.num_classes == 12
+    models.check_fits(model, few)
+    assert few.num_classes == 10
+    with pytest.raises(ModelError, match="gives 3 outputs but task 'custom' has 4 classes"):
+        models.check_fits(models.build("lenet5", num_classes=3), few)
     with pytest.raises(ModelError, match=r"cannot take inputs of shape \(1, 1, 28, 28\) from task 'custom'") as caught:
         models.check_fits(models.build("cifar-resnet20"), task)
     assert "\n" not in str(caught.value)

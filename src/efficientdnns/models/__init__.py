@@ -93,7 +93,8 @@ def describe(name: str) -> str:
 
 @torch.inference_mode()
 def check_fits(model: nn.Module, task: Task) -> None:
-    """One forward pass of the task's example input; the model is left as it was.
+    """One forward pass of the task's example input; the model is left as it was. A task that knows its classes only from
+    the labels of its data learns their number from the network.
 
     Raises:
         ModelError: the input does not fit the model, the head has another number of outputs than the task classes, or a
@@ -131,6 +132,8 @@ def check_fits(model: nn.Module, task: Task) -> None:
         return
     dimension = -1 if task.kind == "language-modelling" else 1
     found = outputs.shape[dimension] if outputs.dim() > 1 else 1
+    if task.least_classes is not None:
+        task.num_classes = max(found, task.least_classes)
     if found != task.num_classes:
         raise ModelError(
             f"the model gives {found} outputs but task '{task.name}' has {task.num_classes} classes; "
