@@ -102,8 +102,10 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
         if kind in ("googlenet", "inception_v3"):
             options["init_weights"] = False  # SciPy's truncated normal takes minutes
             size = (3, 299, 299) if kind == "inception_v3" else size
-        if kind.startswith("retinanet"):
-            options |= {"min_size": 320, "max_size": 320}  # it would enlarge the images to 800 pixels
+        if kind.startswith("retinanet"):  # it would enlarge the images to 800 pixels, and see nothing in random ones
+            options |= {"min_size": 320, "max_size": 320, "score_thresh": 0.0}
+        elif kind.startswith("fasterrcnn"):
+            options["box_score_thresh"] = 0.0
         model = models.get_model(kind, weights=None, **options)
         if family == "detection":
             return model.eval(), ([torch.rand(3, 320, 320), torch.rand(3, 320, 320)],)
