@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import efficientdnns as ed
+from efficientdnns import storage
 from efficientdnns.coding import load_weights, map_weights, save_weights
 from efficientdnns.models import weights as weights_room
-from efficientdnns.storage import build_hollow, fill, hollow, share, unshare
+from efficientdnns.storage import build_hollow, fill, hollow, keeping_memory, lean, share, unshare
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
 
@@ -230,3 +231,32 @@ def test_a_run_needs_little_more_than_the_network(method) -> None:
     allowed = 1.3 * row["bytes"] + 8 * row["layer"] + (96 << 20)
     assert max(row["peaks"].values()) <= allowed, row
     assert row["file_after"] < 0.3 * row["file_before"]
+
+
+def test_large_tensors_of_a_large_network_go_back_to_the_system_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(storage, "_set_threshold", sizes.append)
+    with lean(small()), keeping_memory():
+        assert sizes == [], "small networks are left to the C library"
+    monkeypatch.setattr(storage, "LARGE", 0)
+    with lean(small()):
+        with keeping_memory():
+            assert sizes == [storage._LEAN, storage._USUAL]
+        assert sizes[-1] == storage._LEAN
+    assert sizes[-1] == storage._USUAL
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the resident set is read from /proc")
+def test_freed_layers_do_not_stay_resident() -> None:
+    resident = scaling().resident
+
+    def left(size: int) -> int:
+        """Bytes that stay when tensors of 20 MB are freed, each below something small that is kept."""
+        with storage._from_the_system(size):
+            layers = [(torch.ones(5_000_000), torch.ones(100)) for _ in range(8)]
+            before = resident("RssAnon")
+            layers = [small for _, small in layers]
+            return 160_000_000 - (before - resident("RssAnon"))
+
+    left(storage._LEAN)
+    assert left(storage._LEAN) < 40_000_000

@@ -25,7 +25,7 @@ from efficientdnns.progress import Progress
 from efficientdnns.recipe import Recipe
 from efficientdnns.result import MethodRecord, Report, Result, describe_structure
 from efficientdnns.session import Session
-from efficientdnns.storage import share, trim
+from efficientdnns.storage import lean, share, trim
 from efficientdnns.task import Task
 from efficientdnns.training import TrainingSettings
 
@@ -93,13 +93,13 @@ def compress(
         progress=Progress(quiet=quiet or not accelerator.is_main_process),
         directory=Path(checkpoints) if checkpoints else None,
     )
-    check(session, steps)
-    if session.directory is not None and accelerator.is_main_process:
-        session.directory.mkdir(parents=True, exist_ok=True)
-        (session.directory / "recipe.json").write_text(identity)
-    session.model.to(session.device)
-
-    records = _run(session, steps)
+    with lean(model):
+        check(session, steps)
+        if session.directory is not None and accelerator.is_main_process:
+            session.directory.mkdir(parents=True, exist_ok=True)
+            (session.directory / "recipe.json").write_text(identity)
+        session.model.to(session.device)
+        records = _run(session, steps)
     result = _measured(session, records, latency=latency, threads=threads, runtimes=runtimes)
     model_name, task_name = {"name": result.report.model}, {"name": task.name}
     result.report.recipe = Recipe(model_name, task_name, steps, settings, budget, seed).as_data()

@@ -25,7 +25,7 @@ from efficientdnns.measurement.compare import Comparison
 from efficientdnns.measurement.latency import Speedup
 from efficientdnns.measurement.profile import Profile
 from efficientdnns.reporting.report import report_page
-from efficientdnns.storage import build_hollow, fill, hollow, trim
+from efficientdnns.storage import build_hollow, fill, hollow, lean
 from efficientdnns.surgery.structure import apply_difference, difference
 
 if TYPE_CHECKING:
@@ -193,16 +193,15 @@ class Result:
         directory = Path(directory)
         structure = describe_structure(self.model, self.original)
         directory.mkdir(parents=True, exist_ok=True)
-        size = save_weights(directory / "model.safetensors", state_of(self.model), self.codecs)
-        _write(directory / "structure.json", json.dumps(structure, indent=1))
-        if size != self.after.bytes:
-            self.report.after = self.after.model_copy(update={"bytes": size})
-        # Every tensor of the file was decoded and compared when it was written; equal ones need not be held twice.
-        again, factory = _skeleton(directory, None if structure["factory"] else self.original)
-        trim()
-        _filled(again, state_of(self.model), directory, factory)
-        trim()
-        self.report.reload_exact = self._reloads_exactly(again)
+        with lean(self.model):
+            size = save_weights(directory / "model.safetensors", state_of(self.model), self.codecs)
+            _write(directory / "structure.json", json.dumps(structure, indent=1))
+            if size != self.after.bytes:
+                self.report.after = self.after.model_copy(update={"bytes": size})
+            # Every tensor of the file was decoded and compared when it was written; equal ones need not be held twice.
+            again, factory = _skeleton(directory, None if structure["factory"] else self.original)
+            _filled(again, state_of(self.model), directory, factory)
+            self.report.reload_exact = self._reloads_exactly(again)
         if not self.report.reload_exact:
             raise ModelError(
                 f"the network saved in {directory} does not give the same outputs again; nothing was reported"

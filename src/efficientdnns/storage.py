@@ -85,13 +85,63 @@ def trim(garbage_of: nn.Module | None = None) -> None:
     """
     if garbage_of is not None and sum(tensor.numel() for tensor in _tensors(garbage_of)) > LARGE:
         gc.collect()
-    if (release := _malloc_trim()) is not None:
+    if (release := _of_glibc("malloc_trim")) is not None:
         release(0)
 
 
+@contextmanager
+def lean(model: nn.Module) -> Iterator[None]:
+    """Within, tensors of a megabyte and more go back to the system when they are freed, where ``model`` is `LARGE` (glibc).
+
+    The C library would keep up to 32 MB of each kind for later, which adds up where layers of many sizes are replaced in
+    turn. Memory that comes from the system every time costs time in return, so loops that run a network over and over
+    suspend it with `keeping_memory`.
+    """
+    if sum(tensor.numel() for tensor in _tensors(model)) <= LARGE:
+        yield
+        return
+    with _from_the_system(_LEAN):
+        yield
+    trim()
+
+
+@contextmanager
+def keeping_memory() -> Iterator[None]:
+    """Within, freed memory is kept for the next tensors again, inside of `lean`."""
+    if not _thresholds:
+        yield
+        return
+    with _from_the_system(_USUAL):
+        yield
+
+
+_LEAN, _USUAL = 1 << 20, 32 << 20
+"""Bytes from which on the system is asked: glibc's own limit moves up to 32 MB by itself, and then twice that may stay free at
+the end of its heap."""
+_thresholds: list[int] = []
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+
+
+@contextmanager
+def _from_the_system(size: int) -> Iterator[None]:
+    _thresholds.append(size)
+    _set_threshold(size)
+    try:
+        yield
+    finally:
+        _thresholds.pop()
+        _set_threshold(_thresholds[-1] if _thresholds else _USUAL)
+
+
+def _set_threshold(size: int) -> None:
+    if (set_option := _of_glibc("mallopt")) is not None:
+        set_option(_MMAP_THRESHOLD, size)
+        set_option(_TRIM_THRESHOLD, 2 * size)
+
+
 @cache
-def _malloc_trim() -> Any:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _copied(model: nn.Module, alias: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -22,6 +22,7 @@ from efficientdnns.data.targets import check_targets, count_classes
 from efficientdnns.errors import ConfigurationError, DataError, suggest
 from efficientdnns.layout import fitting_outputs
 from efficientdnns.models.user_code import call_factory
+from efficientdnns.storage import keeping_memory
 
 __all__ = ["KINDS", "METRICS", "Loss", "Metric", "MetricValue", "Task", "device_of"]
 
@@ -280,7 +281,7 @@ class Task:
                     return
 
         try:
-            with torch.inference_mode():
+            with keeping_memory(), torch.inference_mode():
                 value, count = self.metric.over(parts())
         finally:
             for module, mode in modes:

@@ -29,7 +29,7 @@ from efficientdnns.parts.low_rank import (
     unfold,
 )
 from efficientdnns.session import Session
-from efficientdnns.storage import share, trim
+from efficientdnns.storage import share
 
 
 def tucker2(
@@ -234,7 +234,6 @@ class TuckerDecomposition(Method):
                     "relative_error": error,
                 }
                 session.model = replace_everywhere(session.model, name, chain)
-                trim()
                 bar.advance()
         session.report(layers=found, kept=kept)
         session.say(f"{len(found)} of {len(found) + len(kept)} layers decomposed")

@@ -31,6 +31,7 @@ from efficientdnns.measurement.inference import (
     to_device,
     with_batch,
 )
+from efficientdnns.storage import keeping_memory
 
 SHORTEST_SAMPLE = 1e-3
 """Seconds that one timed sample lasts at least; faster networks are called several times in a sample."""
@@ -184,6 +185,7 @@ def measure_latency(
     with ExitStack() as stack:
         calls = [stack.enter_context(runner.opened(inputs, threads)) for runner in runners]
         stack.enter_context(_no_garbage_collection())
+        stack.enter_context(keeping_memory())
         samples = _interleave(calls, repeats=repeats, warmup=warmup, seconds=seconds)
     run = next(_runs)
     size = batch or batch_size(inputs)

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from efficientdnns.storage import trim
-
 
 class _Absolute(torch.autograd.Function):
     """``layer(x, |weight|)``. The absolute weights are made for the forward pass and again for the backward pass, in the
@@ -22,9 +20,7 @@ class _Absolute(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
-        y = layer(x, weight.abs().to(x.dtype))
-        _give_back(weight)
-        return y
+        return layer(x, weight.abs().to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -32,16 +28,7 @@ class _Absolute(torch.autograd.Function):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = ctx.layer(x, weight.detach().abs().to(x.dtype))
-        gradient = torch.autograd.grad(y, x, gradients)[0]
-        del y
-        _give_back(weight)
-        return gradient, None, None
-
-
-def _give_back(weight: Tensor) -> None:
-    """Return freed memory before the next layer, where it is worth the time."""
-    if weight.numel() >= 1 << 21 and weight.device.type == "cpu":
-        trim()
+        return torch.autograd.grad(y, x, gradients)[0], None, None
 
 
 class AbsoluteLinear(TorchFunctionMode):

@@ -16,7 +16,6 @@ from efficientdnns.method import Paper, TrainingMethod
 from efficientdnns.parts.binary_codes import CodeMethod
 from efficientdnns.quantization.multibit_layers import LatentMultiBit, coded_layer
 from efficientdnns.session import Session
-from efficientdnns.storage import trim
 from efficientdnns.surgery import replace_module
 from efficientdnns.training import Callback, Trainer
 
@@ -138,7 +137,6 @@ class AlternatingMultibitQuantization(TrainingMethod):
         with session.progress.task(f"{session.label}: layers", len(names)) as bar:
             for name in names:
                 errors |= pack(model, name, self.twin(model.get_submodule(name)))
-                trim()
                 bar.advance()
         session.report(coded=names, relative_squared_error=errors)
 

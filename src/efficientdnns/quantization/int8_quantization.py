@@ -206,7 +206,6 @@ def quantize_after_training(method: Int8Quantization, session: Session, model: n
         for place in plan:
             convert(model, [place], layers, dynamic=method.mode == "dynamic")
             layers[place.name].release()
-            trim()
             bar.advance()
 
 

@@ -15,6 +15,7 @@ from efficientdnns.data.split import Batch
 from efficientdnns.errors import ConfigurationError, DataError, ModelError
 from efficientdnns.layout import arrange_state, arranged, fitting_layout, lay_out
 from efficientdnns.progress import Progress
+from efficientdnns.storage import keeping_memory
 from efficientdnns.training.callback import Callback, overriding
 from efficientdnns.training.checkpoint import load_state, random_state, restore_random_state, save_state
 from efficientdnns.training.schedule import factor
@@ -115,7 +116,8 @@ class Trainer:
         if not self._resume():
             for callback in self.callbacks:
                 callback.start(self)
-        with self.progress.task(self.label, self.epochs * self.steps_per_epoch, done=self.step) as bar:
+        whole = self.epochs * self.steps_per_epoch
+        with keeping_memory(), self.progress.task(self.label, whole, done=self.step) as bar:
             while self.epoch < self.epochs and self.step < self.until:
                 self._train_epoch(bar)
         self.model.eval()
