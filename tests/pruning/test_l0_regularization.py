@@ -135,6 +135,28 @@ def depthwise() -> nn.Module:
     )  # fmt: skip
 
 
+class OneBlock(nn.Module):
+    """One block on a residual stream, as in a stage of ConvNeXt: what the stem makes also goes around the block."""
+
+    def __init__(self, residual: bool) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(1, 8, 4, 4), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wide, self.narrow, self.head = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1), nn.Linear(8, 10)
+        self.residual = residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        inside = self.narrow(self.wide(self.deep(x)).relu())
+        return self.head((x + inside if self.residual else inside).mean((2, 3)))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_depthwise_convolution_that_something_bypasses_gets_no_gate(residual) -> None:
+    hosts = L0Regularization().hosts(OneBlock(residual), torch.zeros(2, 1, 28, 28))
+    assert ("deep" in hosts) is not residual
+    assert "wide" in hosts and "head" in hosts
+
+
 def build_like(name: str) -> nn.Module:
     return {"vgg": small_vgg, "depthwise": depthwise}.get(name, lambda: build(name))()
 

@@ -213,8 +213,25 @@ def _makers(model: nn.Module, graph: ChannelGraph, group: Group) -> list[str]:
     held = {member.module for member in group.members if member.role != "in"}
     names = [name for name in graph.order if name in held and isinstance(model.get_submodule(name), _LAYERS)]
     deep = [name for name in names if _depthwise(model.get_submodule(name))]
-    last = names.index(deep[-1]) if deep else 0
-    return names[: last + 1] if len(names) == 1 or (deep and names[1 : last + 1] == deep) else []
+    if not deep:
+        return names if len(names) == 1 else []
+    last = names.index(deep[-1])
+    chain = names[1 : last + 1] == deep and (last == 0 or not _bypassed(graph, group, names[0], names[last]))
+    return names[: last + 1] if chain else []
+
+
+def _bypassed(graph: ChannelGraph, group: Group, first: str, last: str) -> bool:
+    """Whether the channels that ``first`` makes are also read without passing through ``last``, as a residual stream."""
+    read = {member.tensor for member in group.members if member.role == "in"}
+    reached: set[str] = set()
+    for node in graph.nodes:
+        if f"{first}.weight" in node.parameters:
+            reached.add(node.name)
+        elif reached.intersection(node.inputs) and f"{last}.weight" not in node.parameters:
+            if read.intersection(node.parameters):
+                return True
+            reached.add(node.name)
+    return False
 
 
 def _depthwise(module: nn.Module) -> bool:
