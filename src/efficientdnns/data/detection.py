@@ -47,6 +47,37 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
     return shared / (areas[0][:, None] + areas[1] - shared).clamp(min=1e-12)
 
 
+def is_detections(value: Any) -> bool:
+    """Whether this is what was detected in one image: a mapping with boxes, labels and scores."""
+    return isinstance(value, Mapping) and value.keys() >= {"boxes", "labels", "scores"}
+
+
+def paired(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Every detection of either side beside the other side's nearest.
+
+    Detections have an order only by scores that may be nearly equal, and rounding decides about boxes that just are or are
+    not suppressed, so two runs are compared as sets.
+
+    Returns:
+        (K, 5) and (K, 5): boxes, as shares of the largest expected coordinate, and scores; (K,): whether the labels differ.
+        If one side is empty, the other's are beside zeros.
+    """
+    size = max(float(expected["boxes"].abs().max()) if len(expected["boxes"]) else 1.0, 1.0)
+    sides = [
+        torch.cat([value["boxes"].cpu() / size, value["scores"].cpu()[:, None]], 1).double()
+        for value in (expected, got)
+    ]
+    if 0 in map(len, sides):
+        longer = torch.cat(sides)
+        zeros = torch.zeros_like(longer)
+        return *((longer, zeros) if len(sides[0]) else (zeros, longer)), torch.zeros(len(longer), dtype=torch.bool)
+    differ = expected["labels"].cpu()[:, None] != got["labels"].cpu()[None]
+    apart = torch.cdist(sides[0], sides[1], p=1) + 10 * differ.double()
+    rows = torch.cat([torch.arange(len(sides[0])), apart.argmin(0)])
+    columns = torch.cat([apart.argmin(1), torch.arange(len(sides[1]))])
+    return sides[0][rows], sides[1][columns], differ[rows, columns]
+
+
 def find(outputs: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]) -> tuple[list[Found], int]:
     """Match the detections of each image with its true boxes, class by class; and the number of images."""
     found = []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientdnns.data.detection import is_detections, paired
 from efficientdnns.data.nested import cut, length
 from efficientdnns.deployment.graph import flatten, plain, unflatten
 from efficientdnns.errors import ModelError
@@ -54,9 +55,8 @@ def resized(inputs: Any, samples: int) -> Any:
 def difference(expected: Any, got: Any) -> tuple[float, float, float]:
     """Largest and mean absolute difference of two nested outputs, and the largest absolute value expected.
 
-    Detections (``boxes``, ``labels`` and ``scores``) have an order only by scores that may be nearly equal, and rounding
-    decides about boxes that just are or are not suppressed: each is compared with the nearest one of the other outputs,
-    boxes as shares of the largest coordinate, another label being a difference of 1.
+    Detections (``boxes``, ``labels`` and ``scores``) are compared with the nearest one of the other outputs
+    (`efficientdnns.data.detection.paired`), boxes as shares of the largest coordinate, another label being a difference of 1.
 
     Raises:
         ModelError: there are more or fewer outputs, or they have other shapes.
@@ -83,28 +83,11 @@ def _matched(expected: Any, got: Any) -> tuple[Any, Any]:
     if isinstance(expected, list | tuple) and isinstance(got, list | tuple) and len(expected) == len(got):
         pairs = [_matched(a, b) for a, b in zip(expected, got)]
         return [a for a, _ in pairs], [b for _, b in pairs]
-    if all(isinstance(value, Mapping) and value.keys() >= {"boxes", "labels", "scores"} for value in (expected, got)):
-        return _paired(expected, got)
+    if is_detections(expected) and is_detections(got):
+        first, second, other = paired(expected, got)
+        labels = other.double()
+        return [first, torch.zeros_like(labels)], [second, labels]
     return expected, got
-
-
-def _paired(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """(boxes, scores, whether the labels differ) of every detection of either side and of the other's nearest."""
-    size = max(float(expected["boxes"].abs().max()) if len(expected["boxes"]) else 1.0, 1.0)
-    sides = [
-        torch.cat([value["boxes"].cpu() / size, value["scores"].cpu()[:, None]], 1).double()
-        for value in (expected, got)
-    ]
-    if 0 in map(len, sides):  # one that found nothing is compared with zeros
-        longer = torch.cat(sides)
-        zeros = torch.zeros_like(longer)
-        return ([longer], [zeros]) if len(sides[0]) else ([zeros], [longer])
-    differ = (expected["labels"].cpu()[:, None] != got["labels"].cpu()[None]).double()
-    apart = torch.cdist(sides[0], sides[1], p=1) + 10 * differ
-    rows = torch.cat([torch.arange(len(sides[0])), apart.argmin(0)])
-    columns = torch.cat([apart.argmin(1), torch.arange(len(sides[1]))])
-    labels = differ[rows, columns]
-    return [sides[0][rows], torch.zeros_like(labels)], [sides[1][columns], labels]
 
 
 def _numbers(tensor: Tensor) -> Tensor:

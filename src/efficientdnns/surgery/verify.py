@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from efficientdnns.data.detection import is_detections, paired
 from efficientdnns.surgery.graph import ChannelGraph
 from efficientdnns.surgery.precision import computing_in
 from efficientdnns.surgery.recorded import RecordedForward, kind_of
@@ -53,15 +56,15 @@ def mismatch(
     for dtype, allowed in ((torch.float64, 1e-9), (None, 1e-3)):
         try:
             expected = reference_outputs(model, plan, graph, probe, dtype)
-            got = _run_in(dtype, smaller, probe)
+            got = tree_leaves(_run_in(dtype, smaller, probe))
         except (RuntimeError, TypeError) as error:
             reason = f"the new network does not run ({first_line(error)})"
             continue
-        if [t.shape for t in expected] != [t.shape for t in got]:
+        if _shapes(expected) != _shapes(got):
             return f"its outputs change shape from {_shapes(expected)} to {_shapes(got)}"
         distance = _distance(expected, got)
         if distance > allowed:
-            again = _run_in(dtype, smaller, probe)
+            again = tree_leaves(_run_in(dtype, smaller, probe))
             if _distance(got, again) <= allowed:  # a network with randomness in eval mode cannot be compared
                 return f"its outputs differ by {distance:.1e} from those of the full network without them"
         return None
@@ -72,7 +75,7 @@ def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _run_in(dtype: torch.dtype | None, model: nn.Module, probe: Sequence[Any]) -> list[Tensor]:
+def _run_in(dtype: torch.dtype | None, model: nn.Module, probe: Sequence[Any]) -> list[Output]:
     if dtype is None:
         return _run(model, probe)
     with computing_in(dtype):
@@ -199,16 +202,24 @@ def _outputs_change(model: nn.Module, smaller: nn.Module, example_inputs: Inputs
 def differing(
     reference: nn.Module, other: nn.Module, example_inputs: Inputs, exact: bool = True, allowed: float = 1e-9
 ) -> str | None:
-    """How the outputs of two networks differ (in shape only, unless ``exact``), or None up to ``allowed``."""
+    """How the outputs of two networks differ (in shape only, unless ``exact``), or None up to ``allowed``.
+
+    What a detector finds has no shape, and is compared as a set of which nine tenths must be in both: rounding decides
+    about boxes of equal scores. There are many of these in pictures with even areas, so it looks at noise instead, and
+    keeps boxes of any score.
+    """
     arguments = as_arguments(example_inputs, reference)
     try:
         expected, got = _run(reference, arguments), _run(other, arguments)
     except Exception as error:
         return f"the new network does not run ({first_line(error)})"
-    if [tuple(t.shape) for t in expected] != [tuple(t.shape) for t in got]:
+    if _shapes(expected) != _shapes(got):
         return f"its outputs change shape from {_shapes(expected)} to {_shapes(got)}"
     if not exact:
         return None
+    if any(map(is_detections, expected)):
+        arguments = tuple(probed(arguments))
+        expected, got = _run(reference, arguments), _run(other, arguments)
     runs = _run_in_float64(reference, other, arguments)
     tolerance = max(allowed, 1e-9 if runs else 1e-3)
     expected, got, again = runs or (expected, got, _run(reference, arguments))
@@ -225,12 +236,31 @@ def rounding(model: nn.Module) -> float:
     return 1e-9 if coarsest < 1e-12 else 1e-4 if coarsest < 1e-6 else 0.1
 
 
-def _run(model: nn.Module, arguments: Sequence[Any]) -> list[Tensor]:
-    with evaluating(model):
-        return [x.clone() for x in tree_leaves(model(*arguments)) if isinstance(x, Tensor)]
+Output = Tensor | Mapping[str, Tensor]
+"""A tensor, or what was detected in one image."""
 
 
-Runs = tuple[list[Tensor], list[Tensor], list[Tensor]]
+def _run(model: nn.Module, arguments: Sequence[Any]) -> list[Output]:
+    with evaluating(model), _of_any_score(model):
+        outputs = tree_leaves(model(*arguments), is_leaf=is_detections)
+        return [x.clone() if isinstance(x, Tensor) else x for x in outputs if isinstance(x, Tensor) or is_detections(x)]
+
+
+@contextmanager
+def _of_any_score(model: nn.Module) -> Iterator[None]:
+    """Torchvision's detectors keep all boxes, not only those that they are sure of."""
+    strict: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "score_thresh", None), float)]
+    before = [module.score_thresh for module in strict]
+    try:
+        for module in strict:
+            module.score_thresh = 0.0
+        yield
+    finally:
+        for module, threshold in zip(strict, before, strict=True):
+            module.score_thresh = threshold
+
+
+Runs = tuple[list[Output], list[Output], list[Output]]
 
 
 def _run_in_float64(reference: nn.Module, other: nn.Module, arguments: Sequence[Any]) -> Runs | None:
@@ -242,11 +272,18 @@ def _run_in_float64(reference: nn.Module, other: nn.Module, arguments: Sequence[
         return None
 
 
-def _distance(expected: list[Tensor], got: list[Tensor]) -> float:
+DECIDED_BY_ROUNDING = 0.1
+"""Share of a detector's boxes that may be found by one of two networks only."""
+
+
+def _distance(expected: Sequence[Output], got: Sequence[Output]) -> float:
     """Largest difference relative to the size of the outputs (at least 1); infinite where only one of them is
     finite."""
     worst = 0.0
     for first, second in zip(expected, got, strict=True):
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+            worst = max(worst, _between(first, second))
+            continue
         if first.numel() == 0:
             continue
         first, second = first.double(), second.double()
@@ -257,8 +294,15 @@ def _distance(expected: list[Tensor], got: list[Tensor]) -> float:
     return worst
 
 
-def _shapes(tensors: list[Tensor]) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in tensors)
+def _between(first: Any, second: Any) -> float:
+    """The distance that all but a tenth of the detections keep to the nearest of the other side."""
+    one, other, labels = paired(first, second)
+    apart = (one - other).abs().amax(1) + labels
+    return float(apart.sort().values[: math.ceil(len(apart) * (1 - DECIDED_BY_ROUNDING))].amax()) if len(apart) else 0.0
+
+
+def _shapes(outputs: Sequence[Output]) -> str:
+    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else "detections" for x in outputs)
 
 
 def failing_groups(model: nn.Module, example_inputs: Inputs, graph: ChannelGraph) -> dict[str, str]:
