@@ -114,7 +114,7 @@ def test_detections_are_compared_as_sets() -> None:
     worse = {**found, "scores": found["scores"] + 0.25}
     assert difference([found], [worse])[0] == pytest.approx(0.25, abs=1e-6)
     assert difference([found], [{**found, "labels": found["labels"] + 3}])[0] == 1
-    fewer = {key: value[:5] for key, value in found.items()}
+    fewer = {key: value[:4] for key, value in found.items()}
     none = {key: value[:0] for key, value in found.items()}
     assert 0 < difference([found], [fewer])[1] < difference([found], [none])[1]
     assert difference([none], [none]) == (0, 0, 0)

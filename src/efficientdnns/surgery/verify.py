@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -272,18 +271,14 @@ def _run_in_float64(reference: nn.Module, other: nn.Module, arguments: Sequence[
         return None
 
 
-DECIDED_BY_ROUNDING = 0.1
-"""Share of a detector's boxes that may be found by one of two networks only."""
-
-
 def _distance(expected: Sequence[Output], got: Sequence[Output]) -> float:
     """Largest difference relative to the size of the outputs (at least 1); infinite where only one of them is
     finite."""
     worst = 0.0
     for first, second in zip(expected, got, strict=True):
         if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-            worst = max(worst, _between(first, second))
-            continue
+            one, other, labels = paired(first, second)  # type: ignore[arg-type]
+            first, second = torch.cat([one, labels[:, None]], 1), torch.cat([other, torch.zeros(len(labels), 1)], 1)
         if first.numel() == 0:
             continue
         first, second = first.double(), second.double()
@@ -292,13 +287,6 @@ def _distance(expected: Sequence[Output], got: Sequence[Output]) -> float:
         size = max(1.0, float(first[first.isfinite()].abs().max())) if bool(first.isfinite().any()) else 1.0
         worst = max(worst, float(gap.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) / size)
     return worst
-
-
-def _between(first: Any, second: Any) -> float:
-    """The distance that all but a tenth of the detections keep to the nearest of the other side."""
-    one, other, labels = paired(first, second)
-    apart = (one - other).abs().amax(1) + labels
-    return float(apart.sort().values[: math.ceil(len(apart) * (1 - DECIDED_BY_ROUNDING))].amax()) if len(apart) else 0.0
 
 
 def _shapes(outputs: Sequence[Output]) -> str:
