@@ -56,7 +56,8 @@ def difference(expected: Any, got: Any) -> tuple[float, float, float]:
     """Largest and mean absolute difference of two nested outputs, and the largest absolute value expected.
 
     Detections (``boxes``, ``labels`` and ``scores``) are compared with the nearest one of the other outputs, but for a
-    tenth that rounding may decide (`efficientdnns.data.detection.paired`), boxes as shares of the largest coordinate, another label being a difference of 1.
+    tenth that rounding may decide (`efficientdnns.data.detection.paired`); boxes are shares of the largest coordinate, and
+    another label is a difference of 1.
 
     Raises:
         ModelError: there are more or fewer outputs, or they have other shapes.
