@@ -214,9 +214,10 @@ def _collect(record: Record) -> ChannelGraph:
         if (name, dim) in atoms.roles or name in atoms.gathers:
             active[unit_of[ids]] = True
     removable = active & ~pinned
-    pairs, counts = np.unique(np.stack([units, which])[:, removable[units]], axis=1, return_counts=True)
+    pairs, counts = np.unique((units * len(entries) + which)[removable[units]], return_counts=True)
     signatures: dict[int, list[tuple[int, int]]] = {}
-    for (unit, entry), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        unit, entry = divmod(pair, len(entries))
         signatures.setdefault(unit, []).append((entry, count))
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for unit, signature in signatures.items():

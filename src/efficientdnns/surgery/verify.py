@@ -125,8 +125,7 @@ class _Recordings:
     """Modules of one smaller network that run their recorded graphs."""
 
     def __init__(self, model: nn.Module, smaller: nn.Module, graph: ChannelGraph, sizes: Sizes) -> None:
-        self.model, self.smaller, self.sizes = model, smaller, sizes
-        self.calls = graph.calls = graph.calls or signatures(model, graph)
+        self.model, self.smaller, self.graph, self.sizes = model, smaller, graph, sizes
         self.done: set[str] = set()
         self.attributes: dict[str, dict[str, int]] = {}
         self.inline: set[str] = set()
@@ -150,9 +149,10 @@ class _Recordings:
         while path in self.done and path:
             self.inline.add(path)
             path = path.rpartition(".")[0]
+        self.graph.calls = self.graph.calls or signatures(self.model, self.graph)
         while path not in self.done:
             try:
-                record(self.model, self.smaller, path, self.sizes, self.inline, self.calls)
+                record(self.model, self.smaller, path, self.sizes, self.inline, self.graph.calls)
             except Unrecordable:
                 self.inline.add(path)
                 if not path:
