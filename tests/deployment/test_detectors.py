@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import efficientdnns as ed
 from efficientdnns.deployment import check_result, export, export_all, open_onnx, open_pt2
-from efficientdnns.deployment.detectors import batched_nms, multiscale_roi_align
+from efficientdnns.deployment.detectors import batched_nms, decoded, multiscale_roi_align
 from efficientdnns.deployment.graph import trace
 from efficientdnns.deployment.opened import difference
 from efficientdnns.errors import ModelError
@@ -118,6 +118,19 @@ def test_detections_are_compared_as_sets() -> None:
     none = {key: value[:0] for key, value in found.items()}
     assert 0 < difference([found], [fewer])[1] < difference([found], [none])[1]
     assert difference([none], [none]) == (0, 0, 0)
+    masked = {**found, "masks": torch.rand(6, 1, 4, 4)}
+    assert difference([masked], [{**masked, "masks": masked["masks"] + 0.5}])[0] == pytest.approx(0.5, abs=1e-6)
+    assert difference([{**none, "masks": torch.zeros(0, 1, 4, 4)}], [masked])[0] > 0
+
+
+@pytest.mark.parametrize("count", [5, 0])
+def test_boxes_are_decoded_whatever_their_number(count) -> None:
+    coder = torchvision.models.detection._utils.BoxCoder((10.0, 10.0, 5.0, 5.0))
+    codes, boxes = torch.randn(count, 12), [some_boxes(count)]
+    got = decoded(coder, codes, boxes)
+    assert got.shape == (count, 3, 4)
+    if count:
+        torch.testing.assert_close(got, coder.decode(codes, boxes))
 
 
 class OfOneSize(nn.Module):

@@ -63,25 +63,34 @@ def paired(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[T
     not suppressed, so two runs are compared as sets of which nine tenths are in both.
 
     Returns:
-        (K, 5) and (K, 5): boxes, as shares of the largest expected coordinate, and scores; (K,): whether the labels differ.
-        If one side is empty, the other's are beside zeros.
+        (K, C) and (K, C): boxes, as shares of the largest expected coordinate, scores, and the mean of each detection's mask
+        and key points where there are any; (K,): whether the labels differ. If one side is empty, the other's are beside
+        zeros.
     """
     size = max(float(expected["boxes"].abs().max()) if len(expected["boxes"]) else 1.0, 1.0)
-    sides = [
-        torch.cat([value["boxes"].cpu() / size, value["scores"].cpu()[:, None]], 1).double()
-        for value in (expected, got)
-    ]
+    more = [key for key in ("masks", "keypoints", "keypoints_scores") if key in expected and key in got]
+    sides = []
+    for value in (expected, got):
+        parts = [value["boxes"] / size, value["scores"][:, None]]
+        parts += [_mean_of_each(value[key])[:, None] for key in more]
+        sides.append(torch.cat([part.double().cpu() for part in parts], 1))
     if 0 in map(len, sides):
         longer = torch.cat(sides)
         zeros = torch.zeros_like(longer)
         return *((longer, zeros) if len(sides[0]) else (zeros, longer)), torch.zeros(len(longer), dtype=torch.bool)
     differ = expected["labels"].cpu()[:, None] != got["labels"].cpu()[None]
-    apart = torch.cdist(sides[0], sides[1], p=1) + 10 * differ.double()
+    apart = torch.cdist(sides[0][:, :5], sides[1][:, :5], p=1) + 10 * differ.double()
     rows = torch.cat([torch.arange(len(sides[0])), apart.argmin(0)])
     columns = torch.cat([apart.argmin(1), torch.arange(len(sides[1]))])
-    alike = apart[rows, columns].sort().indices[: math.ceil(len(rows) * (1 - DECIDED_BY_ROUNDING))]
+    distances = (sides[0][rows] - sides[1][columns]).abs().sum(1) + differ[rows, columns]
+    alike = distances.sort().indices[: math.ceil(len(rows) * (1 - DECIDED_BY_ROUNDING))]
     rows, columns = rows[alike], columns[alike]
     return sides[0][rows], sides[1][columns], differ[rows, columns]
+
+
+def _mean_of_each(tensor: Tensor) -> Tensor:
+    """(n,) mean of everything in each entry of (n, ...)."""
+    return tensor.double().flatten(1).mean(1) if tensor.dim() > 1 else tensor.double()
 
 
 def find(outputs: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]) -> tuple[list[Found], int]:

@@ -85,7 +85,7 @@ class Exported(BaseModel):
     """Shape of the samples where they come in a list, and it takes them in this shape only."""
     opened_with: str | None = None
     max_difference: float | None = None
-    """Largest absolute difference between its outputs and the network's."""
+    """Largest absolute difference between its outputs and the network's; of a detector's, but for the farthest tenth."""
     largest_output: float | None = None
     """The largest absolute output of the network, to compare with."""
     compared: int = 0

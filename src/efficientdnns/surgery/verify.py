@@ -290,7 +290,7 @@ def _distance(expected: Sequence[Output], got: Sequence[Output]) -> float:
 
 
 def _shapes(outputs: Sequence[Output]) -> str:
-    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else "detections" for x in outputs)
+    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else " ".join(sorted(x)) for x in outputs)
 
 
 def failing_groups(model: nn.Module, example_inputs: Inputs, graph: ChannelGraph) -> dict[str, str]:
